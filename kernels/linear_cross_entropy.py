@@ -1,0 +1,149 @@
+"""Token log-probabilities and cross-entropy straight from hidden states, without `[tokens, vocab]` logits.
+
+The vocabulary projection is most of a small model's memory and a fifth of its arithmetic. Here tokens without
+weight are sorted out first, the rest go through the vocabulary `chunk` at a time, and the loss computes its own
+gradients in the same pass (they are linear in the weights, which are known), so nothing is computed twice.
+Plain JAX on all platforms; a fused kernel comes with the gradient issue.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+def _dot(x: Array, y: Array, axes: tuple[int, int], dtype: Any) -> Array:
+    """Contract one axis of each of two matrices, factors in `dtype`, float32 out."""
+    return jax.lax.dot_general(
+        x.astype(dtype),
+        y.astype(dtype),
+        (((axes[0],), (axes[1],)), ((), ())),
+        preferred_element_type=jnp.float32,
+    )
+
+
+def _weighted_first(hidden: Array, labels: Array, weights: Array, chunk: int) -> tuple:
+    """Rows with weight in front, padded to whole chunks; also their order and the number of chunks in use."""
+    padding = -hidden.shape[0] % chunk
+    order = jnp.argsort(weights == 0, stable=True)
+    hidden, labels, weights = (
+        jnp.pad(x[order], [(0, padding)] + [(0, 0)] * (x.ndim - 1)) for x in (hidden, labels, weights)
+    )
+    used = jnp.count_nonzero(weights)
+    return hidden, labels, weights, order, (used + chunk - 1) // chunk
+
+
+def _chunk_log_probs(hidden: Array, head: Array, labels: Array, dtype: Any) -> tuple[Array, Array, Array]:
+    """Label log-probabilities `[chunk]`, logits `[chunk, vocab]` and their log-sum-exp `[chunk]`."""
+    logits = _dot(hidden, head, (1, 1), dtype)
+    log_normaliser = jax.nn.logsumexp(logits, axis=-1)
+    chosen = jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
+    return chosen - log_normaliser, logits, log_normaliser
+
+
+def token_log_probs(
+    hidden: Array,
+    head: Array,
+    labels: Array,
+    mask: Array,
+    *,
+    chunk: int = 256,
+    compute_dtype: Any = jnp.float32,
+) -> Array:
+    """Log-probability of each label; forward only, not differentiable.
+
+    Args:
+      hidden: `[N, D]` final hidden states.
+      head: `[V, D]` output rows.
+      labels: int32 `[N]`.
+      mask: bool `[N]`; rows that are False are not computed.
+      chunk: rows that meet the vocabulary at a time; `chunk * V` float32 values is the working memory.
+      compute_dtype: dtype of the factors; products accumulate in float32.
+
+    Returns:
+      float32 `[N]`, 0 where `mask` is False.
+    """
+    count = hidden.shape[0]
+    hidden, labels, weights, order, chunks = _weighted_first(hidden, labels, mask.astype(jnp.float32), chunk)
+
+    def body(i: Array, out: Array) -> Array:
+        rows = partial(jax.lax.dynamic_slice_in_dim, start_index=i * chunk, slice_size=chunk)
+        log_probs, _, _ = _chunk_log_probs(rows(hidden), head, rows(labels), compute_dtype)
+        return jax.lax.dynamic_update_slice_in_dim(out, log_probs * rows(weights), i * chunk, 0)
+
+    ordered = jax.lax.fori_loop(0, chunks, body, jnp.zeros(hidden.shape[0], jnp.float32))
+    return jnp.zeros(count, jnp.float32).at[order].set(ordered[:count])
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def linear_cross_entropy(
+    hidden: Array,
+    head: Array,
+    labels: Array,
+    weights: Array,
+    chunk: int = 256,
+    compute_dtype: Any = jnp.float32,
+) -> Array:
+    """`-sum_t weights[t] * log softmax(hidden[t] @ head.T)[labels[t]]`.
+
+    Differentiable in `hidden` and `head` (not in `weights`). The gradients are made in the forward pass, chunk
+    by chunk: 2 products of size `chunk x D x V` when only `hidden` needs one, 3 when `head` does too.
+
+    Args:
+      hidden: `[N, D]`.
+      head: `[V, D]`.
+      labels: int32 `[N]`.
+      weights: float32 `[N]`; rows of weight 0 cost nothing.
+      chunk: rows that meet the vocabulary at a time.
+      compute_dtype: dtype of the factors; products accumulate in float32.
+
+    Returns:
+      float32 scalar.
+    """
+    log_probs = token_log_probs(hidden, head, labels, weights != 0, chunk=chunk, compute_dtype=compute_dtype)
+    return -jnp.sum(weights * log_probs)
+
+
+def _forward(hidden: Any, head: Any, labels: Any, weights: Any, chunk: int, compute_dtype: Any) -> tuple[Array, tuple]:
+    head_perturbed = head.perturbed
+    hidden, head, labels, weights = hidden.value, head.value, labels.value, weights.value
+    count = hidden.shape[0]
+    rows_in, labels, weights, order, chunks = _weighted_first(hidden, labels, weights, chunk)
+
+    def body(i: Array, carry: tuple) -> tuple:
+        loss, hidden_gradient, head_gradient = carry
+        rows = partial(jax.lax.dynamic_slice_in_dim, start_index=i * chunk, slice_size=chunk)
+        x, label, weight = rows(rows_in), rows(labels), rows(weights)
+        log_probs, logits, log_normaliser = _chunk_log_probs(x, head, label, compute_dtype)
+        loss -= jnp.sum(weight * log_probs)
+        error = jnp.exp(logits - log_normaliser[:, None])
+        error = error - (jnp.arange(head.shape[0])[None, :] == label[:, None])
+        error = (error * weight[:, None]).astype(compute_dtype)
+        x_gradient = _dot(error, head, (1, 0), compute_dtype)
+        hidden_gradient = jax.lax.dynamic_update_slice_in_dim(
+            hidden_gradient, x_gradient.astype(hidden.dtype), i * chunk, 0
+        )
+        if head_perturbed:
+            head_gradient += _dot(error, x, (0, 0), compute_dtype)
+        return loss, hidden_gradient, head_gradient
+
+    empty = jnp.zeros(head.shape if head_perturbed else (), jnp.float32)
+    start = (jnp.zeros((), jnp.float32), jnp.zeros_like(rows_in), empty)
+    loss, hidden_gradient, head_gradient = jax.lax.fori_loop(0, chunks, body, start)
+    hidden_gradient = jnp.zeros_like(hidden).at[order].set(hidden_gradient[:count])
+    # A zero-size array carries the head's dtype to the backward rule, which may hold only arrays.
+    return loss, (hidden_gradient, head_gradient if head_perturbed else None, jnp.zeros(0, head.dtype))
+
+
+def _backward(chunk: int, compute_dtype: Any, gradients: tuple, output_gradient: Array) -> tuple:
+    del chunk, compute_dtype
+    hidden_gradient, head_gradient, like_head = gradients
+    head_out = None if head_gradient is None else (output_gradient * head_gradient).astype(like_head.dtype)
+    return (output_gradient * hidden_gradient).astype(hidden_gradient.dtype), head_out, None, None
+
+
+linear_cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)
