@@ -1,0 +1,373 @@
+"""One decoder for the Llama family: Llama 2/3, SmolLM2, Mistral, Qwen2/2.5 and Qwen3.
+
+The `flax.nnx` modules below define parameters and forward pass; the functions after them are the same network
+as pure functions of `(config, params)`, which is what the rest of the library calls. Layers are stacked on axis
+0 and scanned, so that compile time does not grow with depth. Reading weight files is in `weights.py` and
+`gguf_file.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from functools import lru_cache
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from duet_jax.models.linear import matmul
+from duet_jax.models.lora import Lora, adapt
+
+Params = dict[str, Any]
+Remat = Literal["none", "attention", "full"]
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are stretched for longer contexts.
+
+    `linear` divides positions by `factor`; `llama3` divides only the low frequencies and blends in between
+    (the Llama 3.1 release).
+    """
+
+    kind: Literal["linear", "llama3"]
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_length: int = 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """Shape and constants of a decoder. Hashable: it is a static argument of every compiled function."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    tie_embeddings: bool = True
+    max_length: int = 2048
+    sliding_window: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}.")
+
+
+def rope_frequencies(config: LlamaConfig) -> Array:
+    """Angle per position of each rotary pair, float32 `[head_dim // 2]`, radians."""
+    half = config.head_dim // 2
+    frequencies = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    if scaling.kind == "linear":
+        return frequencies / scaling.factor
+    turns = scaling.original_max_length * frequencies / (2 * math.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
+    return frequencies * (kept + (1 - kept) / scaling.factor)
+
+
+def rotate(x: Array, angles: Array) -> Array:
+    """Rotary embedding, halves convention: `x [B, T, N, H]`, `angles [B or 1, T, H // 2]`."""
+    cos, sin = jnp.cos(angles)[:, :, None, :], jnp.sin(angles)[:, :, None, :]
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)
+
+
+def rms_norm(x: Array, scale: Array, eps: float, dtype: jnp.dtype) -> Array:
+    """Root-mean-square normalisation over the last axis, computed in float32, returned in `dtype`."""
+    x = x.astype(jnp.float32)
+    normed = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
+    return (normed * scale.astype(jnp.float32)).astype(dtype)
+
+
+def _attend(config: LlamaConfig, q: Array, k: Array, v: Array, lengths: Array | None) -> Array:
+    """Causal attention over a sequence, or of one query over a cache of which `lengths` slots count."""
+    # jax.nn.dot_product_attention does not choose its fused GPU version by itself, and that one takes only
+    # half precision.
+    fused = jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16)
+    implementation: Literal["cudnn", "xla"] = "cudnn" if fused else "xla"
+    window = config.sliding_window
+    if lengths is None:
+        return jax.nn.dot_product_attention(
+            q,
+            k,
+            v,
+            is_causal=True,
+            local_window_size=None if window is None else (window - 1, 0),
+            implementation=implementation,
+        )
+    slots = jnp.arange(k.shape[1])[None, :]
+    visible = slots < lengths[:, None]
+    if window is not None:
+        visible &= slots >= lengths[:, None] - window
+    return jax.nn.dot_product_attention(q, k, v, mask=visible[:, None, None, :], implementation="xla")
+
+
+class Linear(nnx.Module):
+    """A kernel `[in, out]` and, where the family has one, a bias `[out]`."""
+
+    def __init__(self, features_in: int, features_out: int, *, bias: bool, dtype: Any, rngs: nnx.Rngs):
+        scale = features_in**-0.5
+        self.kernel = nnx.Param(scale * jax.random.normal(rngs.params(), (features_in, features_out), dtype))
+        if bias:
+            self.bias = nnx.Param(jnp.zeros((features_out,), dtype))
+
+    def __call__(self, x: Array, adapter: dict[str, Array] | None, pass_: Pass) -> Array:
+        y = matmul(x, self.kernel[...], pass_.dtype)
+        if hasattr(self, "bias"):
+            y = y + self.bias[...].astype(y.dtype)
+        if adapter is not None:
+            y = y + adapt(x, adapter, pass_.dtype)
+        return y
+
+
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    """What is common to all layers of one forward pass."""
+
+    dtype: Any
+    angles: Array
+    remat: Remat = "none"
+
+
+class Block(nnx.Module):
+    """One pre-norm decoder layer: attention, then a gated feed-forward network."""
+
+    def __init__(self, config: LlamaConfig, dtype: Any, *, rngs: nnx.Rngs):
+        self.config = config
+        size, head = config.hidden_size, config.head_dim
+        queries, keys = config.num_heads * head, config.num_kv_heads * head
+        bias = config.qkv_bias
+        self.attention_norm = nnx.Param(jnp.ones((size,), dtype))
+        self.q = Linear(size, queries, bias=bias, dtype=dtype, rngs=rngs)
+        self.k = Linear(size, keys, bias=bias, dtype=dtype, rngs=rngs)
+        self.v = Linear(size, keys, bias=bias, dtype=dtype, rngs=rngs)
+        self.o = Linear(queries, size, bias=False, dtype=dtype, rngs=rngs)
+        if config.qk_norm:
+            self.q_norm = nnx.Param(jnp.ones((head,), dtype))
+            self.k_norm = nnx.Param(jnp.ones((head,), dtype))
+        self.mlp_norm = nnx.Param(jnp.ones((size,), dtype))
+        self.gate = Linear(size, config.intermediate_size, bias=False, dtype=dtype, rngs=rngs)
+        self.up = Linear(size, config.intermediate_size, bias=False, dtype=dtype, rngs=rngs)
+        self.down = Linear(config.intermediate_size, size, bias=False, dtype=dtype, rngs=rngs)
+
+    def _heads(self, x: Array, adapters: dict, pass_: Pass) -> tuple[Array, Array, Array]:
+        config = self.config
+        split = (*x.shape[:2], -1, config.head_dim)
+        q = self.q(x, adapters.get("q"), pass_).reshape(split)
+        k = self.k(x, adapters.get("k"), pass_).reshape(split)
+        v = self.v(x, adapters.get("v"), pass_).reshape(split)
+        if config.qk_norm:
+            q = rms_norm(q, self.q_norm[...], config.rms_norm_eps, q.dtype)
+            k = rms_norm(k, self.k_norm[...], config.rms_norm_eps, k.dtype)
+        return rotate(q, pass_.angles), rotate(k, pass_.angles), v
+
+    def __call__(
+        self,
+        x: Array,
+        adapters: dict,
+        pass_: Pass,
+        cache: tuple[Array, Array, Array] | None = None,
+    ) -> tuple[Array, tuple[Array, Array]]:
+        """Residual stream `[B, T, D]` float32 in and out; also this layer's keys and values `[B, T, K, H]`.
+
+        With `cache = (keys, values, position)` the one new token of each row attends to the cache as well.
+        """
+        config = self.config
+        normed = rms_norm(x, self.attention_norm[...], config.rms_norm_eps, pass_.dtype)
+        q, k, v = self._heads(normed, adapters, pass_)
+        if cache is None:
+            # The softmax of every layer is the largest thing a backward pass would keep and the cheapest to
+            # make again.
+            attend = _attend if pass_.remat == "none" else jax.checkpoint(_attend, static_argnums=(0,))
+            mixed = attend(config, q, k, v, None)
+        else:
+            keys, values, position = cache
+            rows = jnp.arange(x.shape[0])
+            keys = keys.at[rows, position].set(k[:, 0])
+            values = values.at[rows, position].set(v[:, 0])
+            mixed = _attend(config, q, keys, values, position + 1)
+        mixed = mixed.reshape(*x.shape[:2], -1)
+        x = x + self.o(mixed, adapters.get("o"), pass_).astype(x.dtype)
+        normed = rms_norm(x, self.mlp_norm[...], config.rms_norm_eps, pass_.dtype)
+        gate = self.gate(normed, adapters.get("gate"), pass_)
+        up = self.up(normed, adapters.get("up"), pass_)
+        x = x + self.down(jax.nn.silu(gate) * up, adapters.get("down"), pass_).astype(x.dtype)
+        return x, (k, v)
+
+
+class Llama(nnx.Module):
+    """Embedding, stacked layers, final norm and (untied) output head."""
+
+    def __init__(self, config: LlamaConfig, dtype: Any = jnp.float32, *, rngs: nnx.Rngs):
+        self.config = config
+        shape = (config.vocab_size, config.hidden_size)
+        self.embedding = nnx.Param(0.02 * jax.random.normal(rngs.params(), shape, dtype))
+        block_def = nnx.graphdef(nnx.eval_shape(lambda: Block(config, dtype, rngs=nnx.Rngs(0))))
+        stacked = jax.vmap(lambda key: nnx.state(Block(config, dtype, rngs=nnx.Rngs(params=key))))(
+            jax.random.split(rngs.params(), config.num_layers)
+        )
+        self.layers = nnx.merge(block_def, stacked)
+        self.norm = nnx.Param(jnp.ones((config.hidden_size,), dtype))
+        if not config.tie_embeddings:
+            self.head = nnx.Param(0.02 * jax.random.normal(rngs.params(), shape, dtype))
+
+    def __call__(
+        self,
+        tokens: Array,
+        lora: Lora | None,
+        dropout_key: Array | None,
+        pass_: Pass,
+        cache: tuple[Array, Array, Array] | None = None,
+        keep_kv: bool = False,
+    ) -> tuple[Array, tuple[Array, Array] | None]:
+        """Final-norm hidden states float32 `[B, T, D]`, and the stacked new keys and values where kept."""
+        block_def, layers = nnx.split(self.layers)
+
+        def layer(x: Array, inputs: tuple) -> tuple[Array, tuple[Array, Array] | None]:
+            params, adapters, key, kv = inputs
+            if key is not None:
+                adapters = {
+                    name: {**adapter, "key": jax.random.fold_in(key, i)}
+                    for i, (name, adapter) in enumerate(sorted(adapters.items()))
+                }
+            layer_cache = None if cache is None else (*kv, cache[2])
+            x, new_kv = nnx.merge(block_def, params)(x, adapters, pass_, layer_cache)
+            return x, new_kv if keep_kv else None
+
+        if pass_.remat == "full":
+            layer = jax.checkpoint(layer)
+        adapters = {} if lora is None else lora.adapters()
+        keys = None
+        if lora is not None and lora.dropout > 0 and dropout_key is not None:
+            keys = jax.random.split(dropout_key, self.config.num_layers)
+        kv = None if cache is None else cache[:2]
+        x = self.embedding[...][tokens].astype(jnp.float32)
+        x, new_kv = jax.lax.scan(layer, x, (layers, adapters, keys, kv))
+        return rms_norm(x, self.norm[...], self.config.rms_norm_eps, jnp.float32), new_kv
+
+
+@lru_cache(maxsize=64)
+def _graph(config: LlamaConfig) -> nnx.GraphDef:
+    return nnx.graphdef(nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0))))
+
+
+def _module(config: LlamaConfig, params: Params) -> Llama:
+    abstract = nnx.state(nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0))))
+    nnx.replace_by_pure_dict(abstract, params)
+    return nnx.merge(_graph(config), abstract)
+
+
+def init(config: LlamaConfig, *, key: Array, dtype: Any = jnp.float32) -> Params:
+    """Random parameters: kernels normal with standard deviation `in ** -0.5`, embeddings 0.02, norms 1."""
+    return nnx.to_pure_dict(nnx.state(Llama(config, dtype, rngs=nnx.Rngs(params=key))))
+
+
+def shapes(config: LlamaConfig, dtype: Any = jnp.float32) -> Params:
+    """The tree of `init` with a `jax.ShapeDtypeStruct` at each leaf."""
+    return jax.eval_shape(lambda: init(config, key=jax.random.key(0), dtype=dtype))
+
+
+def output_head(params: Params) -> Array:
+    """Rows that score each token of the vocabulary, `[vocab, hidden]`: `logits = hidden @ head.T`."""
+    return params["embedding"] if "head" not in params else params["head"]
+
+
+def hidden_states(
+    config: LlamaConfig,
+    params: Params,
+    tokens: Array,
+    *,
+    lora: Lora | None = None,
+    dropout_key: Array | None = None,
+    compute_dtype: Any = jnp.float32,
+    remat: Remat = "none",
+) -> Array:
+    """Final-norm hidden states of whole sequences.
+
+    Args:
+      config: static shape of the network.
+      params: tree of `init`.
+      tokens: int32 `[B, T]`, padded on the right: causal attention keeps padding from the tokens before it.
+      lora: adapters added to the linear layers.
+      dropout_key: key of LoRA dropout; none in evaluation.
+      compute_dtype: dtype of matrix products; they accumulate in float32, as does the residual stream.
+      remat: what a backward pass computes again rather than keeps: nothing, attention's softmax, or whole
+        layers.
+
+    Returns:
+      float32 `[B, T, D]`.
+    """
+    angles = jnp.arange(tokens.shape[1], dtype=jnp.float32)[None, :, None] * rope_frequencies(config)
+    pass_ = Pass(compute_dtype, angles, remat)
+    return _module(config, params)(tokens, lora, dropout_key, pass_)[0]
+
+
+def prefill(
+    config: LlamaConfig,
+    params: Params,
+    tokens: Array,
+    *,
+    cache_length: int,
+    lora: Lora | None = None,
+    compute_dtype: Any = jnp.float32,
+) -> tuple[Array, tuple[Array, Array]]:
+    """Hidden states of prompts, and a key/value cache with room for `cache_length` tokens a row.
+
+    Args:
+      tokens: int32 `[B, T]`, padded on the right; `T <= cache_length`.
+
+    Returns:
+      float32 `[B, T, D]` and `(keys, values)`, each `[L, B, cache_length, kv_heads, head_dim]`. Slots of
+      padding hold keys that no query sees: `decode` overwrites a slot before it is attended to.
+    """
+    angles = jnp.arange(tokens.shape[1], dtype=jnp.float32)[None, :, None] * rope_frequencies(config)
+    hidden, kv = _module(config, params)(tokens, lora, None, Pass(compute_dtype, angles), keep_kv=True)
+    room = [(0, 0), (0, 0), (0, cache_length - tokens.shape[1]), (0, 0), (0, 0)]
+    assert kv is not None
+    return hidden, (jnp.pad(kv[0], room), jnp.pad(kv[1], room))
+
+
+def decode(
+    config: LlamaConfig,
+    params: Params,
+    token: Array,
+    position: Array,
+    cache: tuple[Array, Array],
+    *,
+    lora: Lora | None = None,
+    compute_dtype: Any = jnp.float32,
+) -> tuple[Array, tuple[Array, Array]]:
+    """One token a row through the network.
+
+    Args:
+      token: int32 `[B]`.
+      position: int32 `[B]`, the slot each token takes; the rows need not agree.
+      cache: as `prefill` returns it.
+
+    Returns:
+      float32 hidden states `[B, D]` and the cache with the new keys and values written.
+    """
+    angles = position.astype(jnp.float32)[:, None, None] * rope_frequencies(config)
+    hidden, new_kv = _module(config, params)(
+        token[:, None], lora, None, Pass(compute_dtype, angles), (*cache, position), keep_kv=True
+    )
+    assert new_kv is not None
+    rows = jnp.arange(token.shape[0])
+    keys, values = (old.at[:, rows, position].set(new[:, :, 0]) for old, new in zip(cache, new_kv, strict=True))
+    return hidden[:, 0], (keys, values)

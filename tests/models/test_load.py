@@ -1,0 +1,256 @@
+"""Model files: what is written is read back, in every format, and what cannot be read says why."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import gguf
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from duet_jax import models
+from duet_jax.data.characters import CharacterTokenizer
+from duet_jax.errors import ModelError
+from duet_jax.models import gguf_file, llama
+
+CONFIG = llama.LlamaConfig(
+    vocab_size=36,
+    hidden_size=64,
+    intermediate_size=96,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    max_length=128,
+)
+TOKENIZER = CharacterTokenizer("abcdefghijklmnopqrstuvwxyz .?!\n")
+
+
+def model(config: llama.LlamaConfig = CONFIG) -> models.Model:
+    params = llama.init(config, key=jax.random.key(0))
+    return models.Model(config, params, TOKENIZER, "test", models.fingerprint(config, params))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_folder_is_read_back_bit_by_bit(tmp_path, dtype):
+    one = model()
+    one = dataclasses.replace(one, params=jax.tree.map(lambda x: x.astype(dtype), one.params))
+    models.save(one, tmp_path / "m")
+    two = models.load(tmp_path / "m", dtype=jnp.dtype(dtype))
+    assert two.config == one.config
+    for x, y in zip(jax.tree.leaves(one.params), jax.tree.leaves(two.params), strict=True):
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(x, y)
+    assert two.fingerprint == models.fingerprint(one.config, one.params)
+    assert two.tokenizer.encode("hello you", add_special=True) == TOKENIZER.encode("hello you", add_special=True)
+    assert two.tokenizer.decode(TOKENIZER.encode("hello you")) == "hello you"
+    models.save(one, tmp_path / "m")
+    assert [path.name for path in tmp_path.iterdir()] == ["m"], "nothing is left beside it"
+
+
+def test_fingerprint_tells_models_apart():
+    one = model()
+    changed = jax.tree.map(lambda x: x, one.params)
+    changed["norm"] = changed["norm"].at[3].add(1e-6)
+    assert models.fingerprint(CONFIG, changed) != one.fingerprint
+    assert models.fingerprint(dataclasses.replace(CONFIG, rope_theta=5e4), one.params) != one.fingerprint
+
+
+def broken(tmp_path, change):
+    models.save(model(), tmp_path / "m")
+    change(tmp_path / "m")
+    return tmp_path / "m"
+
+
+def edit_json(name: str, **fields):
+    def change(folder):
+        path = folder / name
+        path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+    return change
+
+
+def edit_tensors(edit):
+    def change(folder):
+        tensors = load_file(folder / "model.safetensors")
+        edit(tensors)
+        save_file(tensors, folder / "model.safetensors")
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (edit_json("config.json", model_type="gpt2"), "model_type 'gpt2' is not supported"),
+        (edit_json("config.json", num_hidden_layers=3), "lacks the tensor model.layers.2"),
+        (edit_json("config.json", hidden_size=32), "has shape"),
+        (edit_json("config.json", num_attention_heads="x"), "must be a positive integer"),
+        (edit_json("config.json", rope_scaling={"rope_type": "yarn", "factor": 2}), "RoPE type 'yarn'"),
+        (edit_tensors(lambda t: t.pop("model.norm.weight")), "lacks the tensor model.norm.weight"),
+        (edit_tensors(lambda t: t.update(extra=np.zeros(3, np.float32))), "no place for, first extra"),
+        (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "has no tokenizer.json"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "lacks the weight file"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"abc"), "not a readable safetensors"),
+        (lambda folder: (folder / "config.json").write_text("{"), "is not valid JSON"),
+    ],
+)
+def test_broken_folders_say_what_is_wrong(tmp_path, change, sentence):
+    with pytest.raises(ModelError, match=sentence):
+        models.load(broken(tmp_path, change))
+
+
+def test_sources_that_are_not_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ModelError, match="no model at .*none.gguf"):
+        models.load(tmp_path / "none.gguf")
+    with pytest.raises(ModelError, match="pip install no-such-package-here"):
+        models.load("package:no-such-package-here")
+    with pytest.raises(ModelError, match="must ship exactly one model; it has none"):
+        models.load("package:numpy")
+    (tmp_path / "model.bin").write_bytes(b"x")
+    with pytest.raises(ModelError, match="a folder or a .gguf file"):
+        models.load(tmp_path / "model.bin")
+    (tmp_path / "bad.gguf").write_bytes(b"GGUX" + bytes(64))
+    with pytest.raises(ModelError, match="not a readable GGUF"):
+        models.load(tmp_path / "bad.gguf")
+
+
+def test_a_hub_name_offline_is_one_sentence(monkeypatch):
+    import huggingface_hub
+
+    def offline(*args, **kwargs):
+        raise huggingface_hub.errors.LocalEntryNotFoundError("no connection\nand much more text")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(ModelError, match=r"some/model .*could not be had .*no connection\)\.$"):
+        models.load("some/model")
+
+
+def pairs(rows: np.ndarray, heads: int) -> np.ndarray:
+    """The inverse of what reading does to q and k: halves to neighbouring pairs."""
+    return rows.reshape(heads, 2, -1, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def write_gguf(path, one: models.Model, kind: gguf.GGMLQuantizationType, vocabulary: dict) -> None:
+    config = one.config
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_block_count(config.num_layers)
+    writer.add_context_length(config.max_length)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_heads)
+    writer.add_head_count_kv(config.num_kv_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_tokenizer_model(vocabulary["model"])
+    writer.add_token_list(vocabulary["tokens"])
+    writer.add_token_types(vocabulary["types"])
+    if "merges" in vocabulary:
+        writer.add_token_merges(vocabulary["merges"])
+    if "scores" in vocabulary:
+        writer.add_token_scores(vocabulary["scores"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+
+    def add(name: str, values: np.ndarray) -> None:
+        values = np.ascontiguousarray(values, np.float32)
+        chosen = kind if values.ndim == 2 else gguf.GGMLQuantizationType.F32
+        writer.add_tensor(name, gguf.quants.quantize(values, chosen), raw_dtype=chosen)
+
+    params = jax.tree.map(np.asarray, one.params)
+    add("token_embd.weight", params["embedding"])
+    add("output_norm.weight", params["norm"])
+    layers = params["layers"]
+    for i in range(config.num_layers):
+        add(f"blk.{i}.attn_norm.weight", layers["attention_norm"][i])
+        add(f"blk.{i}.ffn_norm.weight", layers["mlp_norm"][i])
+        add(f"blk.{i}.attn_q.weight", pairs(layers["q"]["kernel"][i].T, config.num_heads))
+        add(f"blk.{i}.attn_k.weight", pairs(layers["k"]["kernel"][i].T, config.num_kv_heads))
+        for ours, theirs in (
+            ("v", "attn_v"),
+            ("o", "attn_output"),
+            ("gate", "ffn_gate"),
+            ("up", "ffn_up"),
+            ("down", "ffn_down"),
+        ):
+            add(f"blk.{i}.{theirs}.weight", layers[ours]["kernel"][i].T)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+LETTERS = [*"abcdefghijklmnopqrstuvwxyz", "Ġ", ".", "th", "the", "Ġthe", "an", "and"]
+BPE = {
+    "model": "gpt2",
+    "tokens": ["<pad>", "<bos>", "<eos>", *LETTERS],
+    "types": [3, 3, 3] + [1] * len(LETTERS),
+    "merges": ["t h", "th e", "Ġ the", "a n", "an d"],
+}
+# How far a block format may be from the value, in units of the largest weight of its block.
+ERRORS = {"F32": 0.0, "F16": 1e-3, "Q8_0": 5e-3, "Q4_0": 0.13, "Q4_1": 0.08}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_gguf_blocks(tmp_path, name):
+    kind = gguf.GGMLQuantizationType[name]
+    one = model()
+    write_gguf(tmp_path / "m.gguf", one, kind, BPE)
+    two = models.load(tmp_path / "m.gguf")
+    assert two.config == one.config
+    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(one.params), jax.tree.leaves(two.params), strict=True):
+        assert float(jnp.abs(x - y).max()) <= ERRORS[name] * float(jnp.abs(x).max()), path
+    if name != "F32":
+        assert two.fingerprint != one.fingerprint
+
+
+def test_gguf_byte_level_tokenizer(tmp_path):
+    write_gguf(tmp_path / "m.gguf", model(), gguf.GGMLQuantizationType.F32, BPE)
+    tokenizer = models.load(tmp_path / "m.gguf").tokenizer
+    ids = tokenizer.encode("and the cat<eos>")
+    names = ["and", "Ġthe", "Ġ", "c", "a", "t", "<eos>"]
+    assert ids == [BPE["tokens"].index(name) for name in names]
+    assert tokenizer.decode(ids) == "and the cat"
+    assert (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.add_bos) == (1, (2,), False)
+
+
+def test_gguf_sentencepiece_tokenizer(tmp_path):
+    pieces = ["▁", "a", "b", "c", "ab", "▁ab", "abc", "▁c"]
+    scores = [-1.0, -2.0, -3.0, -4.0, -5.0, -6.0, -7.0, -8.0]
+    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
+    tokens = ["<unk>", "<s>", "</s>", *bytes_, *pieces]
+    vocabulary = {
+        "model": "llama",
+        "tokens": tokens,
+        "scores": [0.0] * 259 + scores,
+        "types": [2, 3, 3] + [6] * 256 + [1] * len(pieces),
+    }
+    config = dataclasses.replace(CONFIG, vocab_size=len(tokens))
+    write_gguf(tmp_path / "m.gguf", model(config), gguf.GGMLQuantizationType.F32, vocabulary)
+    tokenizer = models.load(tmp_path / "m.gguf").tokenizer
+    ids = tokenizer.encode("abc cé", add_special=True)
+    # "▁ab" beats "abc" by score; é is no piece and falls back to its two bytes.
+    assert [tokens[i] for i in ids] == ["<s>", "▁ab", "c", "▁c", "<0xC3>", "<0xA9>"]
+    assert tokenizer.decode(ids) == "abc cé"
+    assert tokenizer.add_bos
+
+
+def test_gguf_of_llama3_finds_its_rope_rule(tmp_path):
+    scaled = dataclasses.replace(CONFIG, rope_scaling=llama.RopeScaling("llama3", 8.0))
+    factors = np.asarray(llama.rope_frequencies(CONFIG) / llama.rope_frequencies(scaled))
+    assert gguf_file._with_llama3_rope(CONFIG, factors, tmp_path) == scaled
+    with pytest.raises(ModelError, match="not those of Llama 3"):
+        gguf_file._with_llama3_rope(CONFIG, factors[::-1].copy(), tmp_path)
+
+
+def test_tokenizer_of_another_model_is_refused(tmp_path):
+    models.save(model(), tmp_path / "m")
+    CharacterTokenizer("".join(map(chr, range(200, 400)))).save(tmp_path / "m")
+    with pytest.raises(ModelError, match="do not belong together"):
+        models.load(tmp_path / "m")
