@@ -1,0 +1,221 @@
+"""Domains: named sets of prompt/response examples, mapped from rows and split for validation.
+
+Three things decide which examples a domain has, and nothing else: its rows, the seed, and its own
+name. Other domains may come and go without moving an example from training to validation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from duet_jax.data import synthetic
+from duet_jax.data.example import Example
+from duet_jax.data.sources import Row, read_rows
+from duet_jax.errors import DataError
+
+if TYPE_CHECKING:
+    from duet_jax.config import DomainConfig
+
+
+@dataclass(frozen=True)
+class Domain:
+    """A named data set, split. `source` is where it came from, as the user wrote it."""
+
+    name: str
+    train: tuple[Example, ...]
+    validation: tuple[Example, ...]
+    source: str
+
+
+def load_domains(specs: Sequence[DomainConfig], *, validation_fraction: float, seed: int) -> list[Domain]:
+    """Loads every domain and splits each into training and validation examples.
+
+    Args:
+      specs: one configuration per domain; the names must differ.
+      validation_fraction: share held out, in [0, 1). Where it is positive, a domain of two or more
+        examples gets at least one validation and keeps at least one training example.
+      seed: chooses the split and the subsample of `max_examples`.
+
+    Returns:
+      Domains in the order of `specs`; within a part the examples keep the order of the source.
+
+    Raises:
+      DataError: duplicate names, or whatever `load_examples` raises.
+    """
+    if not 0.0 <= validation_fraction < 1.0:
+        raise DataError(f"validation_fraction must be in [0, 1), not {validation_fraction}")
+    names = [spec.name for spec in specs]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise DataError(f"two domains are named '{repeated[0]}'; every domain needs its own name")
+    domains = []
+    for spec in specs:
+        examples = load_examples(spec, seed=seed)
+        held_out = _validation_count(len(examples), validation_fraction)
+        chosen = set(_lowest(examples, held_out, f"validation/{seed}/{spec.name}"))
+        domains.append(
+            Domain(
+                name=spec.name,
+                train=tuple(e for i, e in enumerate(examples) if i not in chosen),
+                validation=tuple(e for i, e in enumerate(examples) if i in chosen),
+                source=spec.source,
+            )
+        )
+    return domains
+
+
+def load_examples(spec: DomainConfig, *, seed: int = 0) -> list[Example]:
+    """Loads the examples of one source, in its order, before any split.
+
+    The columns `choices`, `answer_index`, `answers` and `meta` (with `answer` or `answers`) are read
+    where they have the expected shape; all other columns are kept in `Example.meta`. A repeated id
+    gets the suffix `#2`, `#3`, ... so that ids are unique.
+
+    Args:
+      spec: the domain's configuration. `max_examples` keeps that many examples, chosen by a hash
+        of (seed, domain name, example id).
+      seed: see above.
+
+    Raises:
+      DataError: the source is missing, empty or malformed; a row lacks a mapped column, has a value
+        that is no string, or an empty response. The sentence names the file and the line.
+    """
+    if spec.source.startswith("synthetic:"):
+        kind = spec.source.removeprefix("synthetic:")
+        examples = synthetic.generate(kind, spec.name, spec.split, spec.options)
+    else:
+        seen: dict[str, int] = {}
+        rows = read_rows(spec.source, split=spec.split, name=spec.name)
+        examples = [
+            _example(row, spec, _unique(row.columns.get("id"), f"{spec.name}/{number}", seen))
+            for number, row in enumerate(rows, start=1)
+        ]
+    if not examples:
+        raise DataError(f"domain '{spec.name}' is empty: '{spec.source}' has no rows")
+    if spec.max_examples is not None:
+        if spec.max_examples < 1:
+            raise DataError(f"domain '{spec.name}': max_examples must be at least 1, not {spec.max_examples}")
+        kept = sorted(_lowest(examples, spec.max_examples, f"subsample/{seed}/{spec.name}"))
+        examples = [examples[i] for i in kept]
+    return examples
+
+
+def _validation_count(count: int, fraction: float) -> int:
+    if fraction == 0.0 or count < 2:
+        return 0
+    return min(max(1, round(fraction * count)), count - 1)
+
+
+def _lowest(examples: Sequence[Example], count: int, salt: str) -> list[int]:
+    """Indices of the `count` examples whose salted hash of the id is lowest."""
+    if count >= len(examples):
+        return list(range(len(examples)))
+    hashes = [
+        hashlib.blake2b(f"{salt}/{example.id}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
+        for example in examples
+    ]
+    return sorted(range(len(examples)), key=hashes.__getitem__)[:count]
+
+
+def _unique(given: Any, otherwise: str, seen: dict[str, int]) -> str:
+    identifier = str(given) if isinstance(given, (str, int)) and given != "" else otherwise
+    seen[identifier] = seen.get(identifier, 0) + 1
+    repeat = seen[identifier]
+    return identifier if repeat == 1 else _unique(f"{identifier}#{repeat}", otherwise, seen)
+
+
+def _example(row: Row, spec: DomainConfig, identifier: str) -> Example:
+    place = f"domain '{spec.name}': {row.where}"
+    columns = row.columns
+    prompt: str | tuple[dict[str, str], ...]
+    if spec.messages is not None:
+        mapped = {spec.messages}
+        prompt, response = _conversation(_column(columns, spec.messages, "messages", place), place)
+    else:
+        mapped = {spec.prompt, spec.response}
+        prompt = _text(_column(columns, spec.prompt, "prompt", place), spec.prompt, place)
+        response = _text(_column(columns, spec.response, "response", place), spec.response, place)
+    if not response.strip():
+        raise DataError(f"{place} has an empty response; every example needs one")
+    meta = {k: v for k, v in columns.items() if k not in mapped | {"id", "meta"}}
+    if isinstance(columns.get("meta"), Mapping):
+        meta |= columns["meta"]
+    # Formats with a schema write null where JSON lines leave a field out; both mean that it is absent.
+    meta = {k: v for k, v in meta.items() if v is not None}
+    choices, answer_index = _choices(columns, place)
+    return Example(
+        id=identifier,
+        prompt=prompt,
+        response=response,
+        choices=choices,
+        answer_index=answer_index,
+        answers=_answers(meta),
+        meta=meta,
+    )
+
+
+def _column(columns: dict[str, Any], column: str, role: str, place: str) -> Any:
+    if column not in columns:
+        raise DataError(
+            f"{place} has no column '{column}' (mapped as the {role}); its columns are "
+            f"{', '.join(sorted(columns)) or 'none'}"
+        )
+    return columns[column]
+
+
+def _text(value: Any, column: str, place: str) -> str:
+    if not isinstance(value, str):
+        raise DataError(
+            f"{place} has a value of type {type(value).__name__} in the column '{column}', which must hold a string"
+        )
+    return _unicode(value, place)
+
+
+def _unicode(text: str, place: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{place} holds half of a surrogate pair, which is no character") from None
+    return text
+
+
+def _conversation(value: Any, place: str) -> tuple[tuple[dict[str, str], ...], str]:
+    """Cuts a conversation at its last assistant message; turns after it have no reply to learn."""
+    messages = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else None
+    if messages is None or not all(
+        isinstance(m, Mapping) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+        for m in messages
+    ):
+        raise DataError(
+            f"{place} has malformed messages; they must be a list of objects with the strings 'role' and 'content'"
+        )
+    replies = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+    if not replies:
+        raise DataError(f"{place} has no message with the role 'assistant' to learn from")
+    turns = tuple({"role": m["role"], "content": _unicode(m["content"], place)} for m in messages[: replies[-1]])
+    return turns, _unicode(messages[replies[-1]]["content"], place)
+
+
+def _choices(columns: dict[str, Any], place: str) -> tuple[tuple[str, ...], int | None]:
+    choices, index = columns.get("choices"), columns.get("answer_index")
+    if not (isinstance(choices, list) and all(isinstance(c, str) for c in choices)):
+        return (), None
+    if index is not None and not (isinstance(index, int) and 0 <= index < len(choices)):
+        raise DataError(
+            f"{place} has answer_index {index!r}, which must be an integer from 0 to "
+            f"{len(choices) - 1} to point at one of its {len(choices)} choices"
+        )
+    return tuple(choices), index
+
+
+def _answers(meta: Mapping[str, Any]) -> tuple[str, ...]:
+    for key in ("answers", "answer"):
+        value = meta.get(key)
+        if isinstance(value, str) and value:
+            return (value,)
+        if isinstance(value, list) and value and all(isinstance(v, str) for v in value):
+            return tuple(value)
+    return ()

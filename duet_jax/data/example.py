@@ -1,0 +1,37 @@
+"""The one record that every source of data is mapped to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """What the model reads and what it should write.
+
+    Attributes:
+      id: unique within its domain.
+      prompt: text, possibly empty (language modelling), or the chat messages before the reply.
+      response: what the model should write; never empty.
+      choices: the choices of a multiple-choice question, else ().
+      answer_index: index of the right choice, from 0.
+      answers: accepted short answers, where the response says more than the answer.
+      meta: every other column of the source.
+    """
+
+    id: str
+    prompt: str | tuple[dict[str, str], ...]
+    response: str
+    choices: tuple[str, ...] = ()
+    answer_index: int | None = None
+    answers: tuple[str, ...] = ()
+    meta: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+
+def plain_text(prompt: str | tuple[dict[str, str], ...]) -> str:
+    """A prompt as text without a chat template: messages become lines `role: content`."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)

@@ -1,0 +1,157 @@
+"""Examples as token ids: prompt, response and end of text, cut to a maximum length.
+
+Prompt and response are tokenised apart and then joined, so that the prompt of a training sequence
+is, id for id, what the model is given when it is asked to answer; no token straddles the boundary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from duet_jax.data.example import Example, plain_text
+from duet_jax.errors import DataError
+
+
+class TokenizerLike(Protocol):
+    """What encoding needs of a tokenizer."""
+
+    @property
+    def bos_id(self) -> int | None: ...
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]: ...
+
+    @property
+    def add_bos(self) -> bool: ...
+
+    def encode_batch(self, texts: list[str], /) -> list[list[int]]: ...
+
+    def render_chat(self, messages: list[dict[str, str]], add_generation_prompt: bool, /) -> str: ...
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids of examples, in their order, less the dropped ones.
+
+    Attributes:
+      tokens: one int32 array [length] an example: prompt, response, end of text.
+      prompt_lengths: int32 [n], the tokens before the response, BOS included.
+      ids: the examples' ids.
+      truncated: examples in `tokens` that lost tokens to the maximum length.
+      dropped: examples left out because none of their response was left.
+    """
+
+    tokens: tuple[np.ndarray, ...]
+    prompt_lengths: np.ndarray
+    ids: tuple[str, ...]
+    truncated: int = 0
+    dropped: int = 0
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each example, int32 [n]."""
+        return np.fromiter((len(t) for t in self.tokens), np.int32, len(self.tokens))
+
+
+def encode(
+    examples: Sequence[Example],
+    tokenizer: TokenizerLike,
+    *,
+    chat: bool,
+    max_length: int,
+    name: str = "unnamed",
+) -> Encoded:
+    """Tokenises examples for training or for scoring their responses.
+
+    Tokens beyond `max_length` are cut from the end (`truncated`). Where that leaves no response token
+    to predict, the example is left out (`dropped`): every example returned has at least one.
+
+    Args:
+      examples: may be empty.
+      tokenizer: see `TokenizerLike`; with `chat` it needs a chat template.
+      chat: renders prompts by the chat template, a text as one message of the user. An example with
+        an empty prompt is plain text to continue and is not rendered. Without `chat`, a prompt and a
+        newline precede the response; messages are written as lines `role: content`.
+      max_length: in tokens, BOS and end of text included; at least 2.
+      name: of the domain, for messages.
+
+    Raises:
+      DataError: all examples would be dropped.
+      ValueError: `max_length` is below 2.
+    """
+    if max_length < 2:
+        raise ValueError(f"max_length must be at least 2 tokens, not {max_length}")
+    prompts = _prompt_ids(examples, tokenizer, chat)
+    responses = tokenizer.encode_batch([example.response for example in examples])
+    end = list(tokenizer.eos_ids[:1])
+    tokens, prompt_lengths, ids = [], [], []
+    truncated = 0
+    for example, prompt, response in zip(examples, prompts, responses, strict=True):
+        whole = [*prompt, *response, *end]
+        if max(len(prompt), 1) < min(len(whole), max_length):
+            truncated += len(whole) > max_length
+            tokens.append(np.array(whole[:max_length], np.int32))
+            prompt_lengths.append(len(prompt))
+            ids.append(example.id)
+    if examples and not tokens:
+        raise DataError(
+            f"domain '{name}': no response is left of any of its {len(examples)} examples within "
+            f"max_length {max_length}; the shortest prompt alone has {min(map(len, prompts))} "
+            f"tokens, so raise max_length or shorten the prompts"
+        )
+    dropped = len(examples) - len(tokens)
+    return Encoded(tuple(tokens), np.array(prompt_lengths, np.int32), tuple(ids), truncated, dropped)
+
+
+def encode_prompts(examples: Sequence[Example], tokenizer: TokenizerLike, *, chat: bool, max_length: int) -> Encoded:
+    """Tokenises prompts alone, for generation: the part of `encode` before the response.
+
+    A prompt longer than `max_length` loses its beginning after BOS (`truncated`), because an answer
+    depends most on the prompt's end. None is dropped; an empty prompt without BOS has length 0.
+
+    Args:
+      examples: their responses are not used.
+      tokenizer: as for `encode`.
+      chat: as for `encode`.
+      max_length: of a prompt, in tokens, BOS included; at least 2.
+
+    Raises:
+      ValueError: `max_length` is below 2.
+    """
+    if max_length < 2:
+        raise ValueError(f"max_length must be at least 2 tokens, not {max_length}")
+    tokens = []
+    truncated = 0
+    for prompt in _prompt_ids(examples, tokenizer, chat):
+        if len(prompt) > max_length:
+            truncated += 1
+            start = prompt[:1] if prompt[0] == tokenizer.bos_id else []
+            prompt = start + prompt[len(prompt) - max_length + len(start) :]
+        tokens.append(np.array(prompt, np.int32))
+    lengths = np.fromiter((len(t) for t in tokens), np.int32, len(tokens))
+    return Encoded(tuple(tokens), lengths, tuple(e.id for e in examples), truncated)
+
+
+def _prompt_ids(examples: Sequence[Example], tokenizer: TokenizerLike, chat: bool) -> list[list[int]]:
+    prompts = tokenizer.encode_batch([_prompt_text(e.prompt, tokenizer, chat) for e in examples])
+    bos = tokenizer.bos_id
+    if not tokenizer.add_bos or bos is None:
+        return prompts
+    # Many chat templates write BOS themselves; two of them would be out of distribution.
+    return [ids if ids[:1] == [bos] else [bos, *ids] for ids in prompts]
+
+
+def _prompt_text(prompt: str | tuple[dict[str, str], ...], tokenizer: TokenizerLike, chat: bool) -> str:
+    if not prompt:
+        return ""
+    if not chat:
+        return plain_text(prompt) + "\n"
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    return tokenizer.render_chat(messages, True)
