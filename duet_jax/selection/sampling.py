@@ -1,0 +1,152 @@
+"""From shares to counts, and from utilities and a count to the examples of one round."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import numpy as np
+
+from duet_jax.errors import DataError
+
+Rule = Literal["weighted", "top_k", "remove_lowest"]
+
+
+def counts(mixture: np.ndarray, budget: int) -> np.ndarray:
+    """Splits a budget of examples by a mixture, by largest remainders.
+
+    Args:
+      mixture: shares [d], non-negative, of sum 1 (to 1e-6, then renormalised).
+      budget: examples in all, at least 0.
+
+    Returns:
+      int64 [d], of sum `budget`, each less than 1 away from share times budget; 0 where the share is
+      0. Equal remainders favour the earlier domain.
+
+    Raises:
+      ValueError: `mixture` is no point of the simplex, or `budget` is negative.
+    """
+    shares = np.asarray(mixture, np.float64)
+    if shares.ndim != 1 or not shares.size or not np.all(np.isfinite(shares)) or np.any(shares < 0):
+        raise ValueError(f"mixture must be a list of finite shares of at least 0, not {shares.tolist()}")
+    if abs(shares.sum() - 1.0) > 1e-6:
+        raise ValueError(f"mixture must sum to 1, but {shares.tolist()} sums to {shares.sum():.8g}")
+    if budget < 0:
+        raise ValueError(f"budget must be at least 0 examples, not {budget}")
+    exact = shares / shares.sum() * budget
+    whole = np.floor(exact).astype(np.int64)
+    by_remainder = np.argsort(whole - exact, kind="stable")
+    whole[by_remainder[: budget - whole.sum()]] += 1
+    return whole
+
+
+def sample(
+    utilities: np.ndarray,
+    count: int,
+    *,
+    rule: Rule,
+    fraction: float = 0.0,
+    rng: np.random.Generator,
+) -> np.ndarray:
+    """Chooses the examples of a domain for one round, without replacement.
+
+    - `weighted`: one after another, each with probability proportional to its utility among those not
+      yet chosen. Examples of utility 0 are chosen, uniformly, only after all others.
+    - `top_k`: those of highest utility.
+    - `remove_lowest`: uniformly among all but the `fraction` of lowest utility.
+
+    Equal utilities are told apart by `rng`. If more are asked for than there are, epochs over all of
+    them repeat, and the rule decides about the last, partial one.
+
+    Args:
+      utilities: [n], finite; for `weighted` at least 0.
+      count: how many to choose.
+      rule: see above.
+      fraction: of the examples that `remove_lowest` removes, rounded down, in [0, 1); other rules
+        ignore it.
+      rng: source of randomness; the result is a pure function of the arguments.
+
+    Returns:
+      Indices int64 [count], one epoch after another, in random order within each.
+
+    Raises:
+      DataError: a utility that the rule cannot use.
+      ValueError: unknown rule, a count or fraction out of range, or nothing to choose from.
+    """
+    utilities = np.asarray(utilities, np.float64)
+    if count < 0 or (count > 0 and utilities.size == 0):
+        raise ValueError(f"cannot choose {count} of {utilities.size} examples")
+    _check_utilities(utilities, rule)
+    if count == 0:
+        return np.zeros(0, np.int64)
+    pool = _ranked(utilities, rule, rng)[: pool_size(utilities.size, rule=rule, fraction=fraction)]
+    if rule == "remove_lowest":
+        pool = rng.permutation(pool)
+    epochs, rest = divmod(count, len(pool))
+    parts = [rng.permutation(pool) for _ in range(epochs)]
+    return np.concatenate([*parts, rng.permutation(pool[:rest])]).astype(np.int64)
+
+
+def pool_size(available: int, *, rule: Rule, fraction: float = 0.0) -> int:
+    """How many of `available` examples a rule chooses from; at least 1 of 1 or more.
+
+    Raises:
+      ValueError: unknown rule or a fraction outside [0, 1).
+    """
+    if rule not in get_args(Rule):
+        raise ValueError(f"there is no rule '{rule}'; the rules are {', '.join(get_args(Rule))}")
+    if rule != "remove_lowest":
+        return available
+    if not 0.0 <= fraction < 1.0:
+        raise ValueError(f"the fraction to remove must be in [0, 1), not {fraction}")
+    # 0.29 * 100 is 28.999999999999996 in floating point, and 29 are meant.
+    return max(available - int(fraction * available + 1e-9), min(available, 1))
+
+
+def plan(name: str, available: int, wanted: int) -> str:
+    """Says what a domain's count means for its examples.
+
+    >>> plan("gsm8k", 120, 300)
+    'gsm8k: 300 wanted of 120 examples: each 2 or 3 times'
+    >>> plan("gsm8k", 120, 100)
+    'gsm8k: 100 of 120 examples, each once'
+
+    Args:
+      name: of the domain.
+      available: examples to choose from, see `pool_size`.
+      wanted: the domain's count.
+    """
+    if wanted == 0:
+        return f"{name}: none of {available} examples"
+    if wanted <= available:
+        return f"{name}: {wanted} of {available} examples, each once"
+    if available == 0:
+        return f"{name}: {wanted} wanted, but there are no examples"
+    epochs, rest = divmod(wanted, available)
+    times = f"{epochs} or {epochs + 1}" if rest else f"{epochs}"
+    return f"{name}: {wanted} wanted of {available} examples: each {times} times"
+
+
+def _check_utilities(utilities: np.ndarray, rule: Rule) -> None:
+    if utilities.ndim != 1:
+        raise ValueError(f"utilities must be one number an example, not of shape {utilities.shape}")
+    wrong = ~np.isfinite(utilities) | ((rule == "weighted") & (utilities < 0))
+    if wrong.any():
+        first = int(wrong.argmax())
+        kind = "finite and at least 0" if rule == "weighted" else "finite"
+        raise DataError(
+            f"the rule '{rule}' needs utilities that are {kind}, but example {first} has {utilities[first]}"
+        )
+
+
+def _ranked(utilities: np.ndarray, rule: Rule, rng: np.random.Generator) -> np.ndarray:
+    """Indices in order of preference.
+
+    Sorting log-utilities plus Gumbel noise IS successive sampling in proportion to utility (Yellott
+    1977; Efraimidis and Spirakis 2006 with keys u^(1/w)).
+    """
+    tie_break = rng.random(len(utilities))
+    score = utilities
+    if rule == "weighted":
+        with np.errstate(divide="ignore"):
+            score = np.log(utilities) + rng.gumbel(size=len(utilities))
+    return np.lexsort((tie_break, -score))
