@@ -1,0 +1,397 @@
+"""What a study is made of: frozen dataclasses, read from YAML, strictly.
+
+A field that is unknown, missing, of a wrong type or out of range is one `ConfigError`, with the field's dotted
+path, its value and what would be right. Nothing heavy is imported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import reduce
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+
+from duet_jax._checks import FieldError, at_least, distinct, require
+from duet_jax._decode import decode, encode, flat, override, parse
+from duet_jax.errors import ConfigError
+
+BuiltIn = Literal["response_loss", "perplexity", "multiple_choice", "exact_match", "token_f1"]
+TaskKind = Literal[BuiltIn, "sum", "python", "command", "external"]
+Target = Literal["q", "k", "v", "o", "gate", "up", "down"]
+LARGEST_SEED = 2**31 - 1
+
+
+def _check_rows(config: DomainConfig | TaskConfig) -> None:
+    for name in ("source", "split", "prompt", "response", "messages"):
+        require(getattr(config, name) != "", name, "", "a text that is not empty")
+    if config.max_examples is not None:
+        at_least(1, config, "max_examples")
+    if config.options and not str(config.source).startswith("synthetic:"):
+        raise FieldError("options", f"are for synthetic data, but the source is {config.source!r}; leave them out.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScratchConfig:
+    """A small decoder with random weights; its tokens are the characters of the data."""
+
+    hidden_size: int = 64
+    intermediate_size: int = 192
+    num_layers: int = 2
+    num_heads: int = 4
+    num_kv_heads: int = 4
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads")
+        whole = self.hidden_size % (2 * self.num_heads) == 0
+        require(whole, "hidden_size", self.hidden_size, f"a multiple of 2 x num_heads ({2 * self.num_heads})")
+        shared = self.num_heads % self.num_kv_heads == 0
+        require(shared, "num_kv_heads", self.num_kv_heads, f"a divisor of num_heads ({self.num_heads})")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The base model: exactly one of `source` and `scratch`.
+
+    Attributes:
+      source: Hugging Face folder, .gguf file, "package:NAME" or a hub name.
+      scratch: shape of a model that starts from random weights.
+      dtype: of matrix products.
+      chat: whether prompts go through the chat template; None: where the model has one.
+      remat: what the backward pass computes again instead of keeping it.
+    """
+
+    source: str | None = None
+    scratch: ScratchConfig | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    chat: bool | None = None
+    remat: Literal["none", "attention", "full"] = "attention"
+
+    def __post_init__(self) -> None:
+        if (self.source is None) == (self.scratch is None):
+            found = "neither is given" if self.source is None else "both are given"
+            raise FieldError("source", f"or scratch must describe the model, exactly one of them; {found}.")
+        require(self.source != "", "source", self.source, "a folder, a .gguf file, package:NAME or a hub name")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DomainConfig:
+    """A domain's rows and how they become examples.
+
+    Attributes:
+      source: .jsonl, .json or .parquet file, `datasets` folder, hub name, or "synthetic:KIND".
+      prompt, response: columns; the response is the part that is trained on.
+      messages: column with chat messages, in place of the two.
+      max_examples: a seeded subsample of this size.
+      options: of a synthetic kind.
+    """
+
+    name: str
+    source: str
+    split: str = "train"
+    prompt: str = "prompt"
+    response: str = "response"
+    messages: str | None = None
+    max_examples: int | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        require(self.name.isprintable() and self.name.strip() != "", "name", self.name, "a name on one line")
+        _check_rows(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Two or more domains, in the order of every mixture, and how their examples are cut to length.
+
+    Attributes:
+      validation_fraction: share of each domain that is never trained on.
+      validation_examples: at most so many of them are scored after each training; 0 scores none.
+      max_length: tokens; longer examples are cut, which is reported.
+      buckets: ascending lengths that batches are padded to, the last is `max_length`. One program is compiled
+        for each. Empty: a quarter, a half and the whole of `max_length`.
+    """
+
+    domains: tuple[DomainConfig, ...]
+    validation_fraction: float = 0.1
+    validation_examples: int = 16
+    max_length: int = 256
+    buckets: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        names = [domain.name for domain in self.domains]
+        require(len(names) > 1, "domains", names, "a list of at least two domains")
+        for i, name in enumerate(names):
+            if name in names[:i]:
+                raise FieldError(f"domains.{i}.name", f"is {name!r} a second time; every domain needs its own.")
+        require(0 <= self.validation_fraction < 1, "validation_fraction", self.validation_fraction, "in [0, 1)")
+        at_least(0, self, "validation_examples")
+        at_least(2, self, "max_length")
+        if not self.buckets:
+            lengths = {max(2, self.max_length // 4), max(2, self.max_length // 2), self.max_length}
+            object.__setattr__(self, "buckets", tuple(sorted(lengths)))
+        ascending = all(a < b for a, b in zip(self.buckets, self.buckets[1:], strict=False))
+        require(ascending and self.buckets[0] >= 2, "buckets", list(self.buckets), "ascending lengths from 2")
+        fits = self.buckets[-1] == self.max_length
+        require(fits, "buckets", list(self.buckets), f"a list that ends with max_length ({self.max_length})")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraSettings:
+    """Low-rank adapters. `layers` counts from 0; None: all."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    targets: tuple[Target, ...] = ("q", "k", "v", "o", "gate", "up", "down")
+    layers: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "rank")
+        require(self.alpha > 0, "alpha", self.alpha, "greater than 0")
+        require(0 <= self.dropout < 1, "dropout", self.dropout, "in [0, 1)")
+        distinct("targets", self.targets)
+        if self.layers is not None:
+            distinct("layers", self.layers)
+            require(min(self.layers) >= 0, "layers", list(self.layers), "a list of layer numbers from 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How one round trains.
+
+    Attributes:
+      method: adapters only, or all parameters.
+      learning_rate: of AdamW, at its peak.
+      epochs: passes over the round's examples.
+      batch_size, micro_batch_size: examples in a step and in a forward pass (None: all of the step's).
+      schedule: from the peak down to zero, or constant.
+      warmup_fraction: share of the steps over which the rate rises from zero.
+      weight_decay: decoupled, on matrices.
+      clip_norm: largest norm of the gradient.
+      checkpoint_every: steps between checkpoints.
+    """
+
+    method: Literal["lora", "full"] = "lora"
+    learning_rate: float
+    epochs: int = 1
+    batch_size: int = 8
+    micro_batch_size: int | None = None
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_fraction: float = 0.05
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    lora: LoraSettings = LoraSettings()
+    checkpoint_every: int = 50
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "epochs", "batch_size", "checkpoint_every")
+        require(self.learning_rate > 0, "learning_rate", self.learning_rate, "greater than 0")
+        micro = self.micro_batch_size
+        divides = micro is None or (micro >= 1 and self.batch_size % micro == 0)
+        require(divides, "micro_batch_size", micro, f"a divisor of batch_size ({self.batch_size})")
+        require(0 <= self.warmup_fraction <= 1, "warmup_fraction", self.warmup_fraction, "in [0, 1]")
+        at_least(0, self, "weight_decay")
+        require(self.clip_norm > 0, "clip_norm", self.clip_norm, "greater than 0")
+
+
+# The fields that a kind of task uses; any other must be left at its default.
+_ROWS = {"source", "split", "prompt", "response", "messages", "max_examples", "options", "batch_size"}
+_TASK_FIELDS: dict[str, set[str]] = {
+    "response_loss": _ROWS,
+    "perplexity": _ROWS,
+    "multiple_choice": _ROWS | {"normalisation"},
+    "exact_match": _ROWS | {"max_new_tokens"},
+    "token_f1": _ROWS | {"max_new_tokens"},
+    "sum": {"tasks"},
+    "python": {"function"},
+    "command": {"command"},
+    "external": set(),
+}
+_TASK_NEEDS = {"sum": "tasks", "python": "function", "command": "command"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskConfig:
+    """The unseen task. The search hears its score and nothing else.
+
+    Attributes:
+      kind: what is measured; "external" feedback is told with `duet tell`.
+      source, split, prompt, response, messages, max_examples, options: rows, as of a domain.
+      batch_size: examples in a forward pass.
+      normalisation: of a choice's log-likelihood: none, or by its length in bytes.
+      max_new_tokens: of a generated answer.
+      tasks: the parts of a "sum".
+      function: "module:callable" of kind "python".
+      command: program and arguments of kind "command".
+    """
+
+    kind: TaskKind
+    source: str | None = None
+    split: str = "test"
+    prompt: str = "prompt"
+    response: str = "response"
+    messages: str | None = None
+    max_examples: int | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    batch_size: int = 8
+    normalisation: Literal["raw", "length"] = "raw"
+    max_new_tokens: int = 64
+    tasks: tuple[WeightedTask, ...] = ()
+    function: str | None = None
+    command: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        used = _TASK_FIELDS[self.kind]
+        for each in dataclasses.fields(self):
+            default = each.default_factory() if callable(each.default_factory) else each.default
+            if each.name not in used | {"kind"} and getattr(self, each.name) != default:
+                raise FieldError(each.name, f"has no meaning for a task of kind {self.kind!r}; leave it out.")
+        needed = "source" if "source" in used else _TASK_NEEDS.get(self.kind)
+        if needed is not None and not getattr(self, needed):
+            raise FieldError(needed, f"is missing; a task of kind {self.kind!r} needs it.")
+        if "source" in used:
+            _check_rows(self)
+        if self.function is not None:
+            named = re.fullmatch(r"[\w.]+:\w+", self.function) is not None
+            require(named, "function", self.function, "of the form module:callable")
+        at_least(1, self, "batch_size", "max_new_tokens")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightedTask:
+    """One part of a sum of tasks."""
+
+    weight: float
+    task: TaskConfig
+
+    def __post_init__(self) -> None:
+        require(self.weight != 0, "weight", self.weight, "a number other than 0")
+        if self.task.kind not in (*get_args(BuiltIn), "sum"):
+            raise FieldError("task.kind", f"is {self.task.kind!r}; the parts of a sum must be built-in tasks.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeedbackConfig:
+    """Makes feedback worse on purpose: Gaussian `noise` of this standard deviation is added to the score, and
+    it is rounded to a scale of `stars`, one star at `low` and the most at `high`."""
+
+    stars: int | None = None
+    low: float = 0.0
+    high: float = 1.0
+    noise: float = 0.0
+
+    def __post_init__(self) -> None:
+        at_least(0, self, "noise")
+        require(self.stars is None or self.stars >= 2, "stars", self.stars, "at least 2")
+        require(self.low < self.high, "high", self.high, f"greater than low ({self.low})")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig:
+    """The outer search.
+
+    Attributes:
+      beta: standard deviations that the upper confidence bound adds to the mean.
+      floor: shares below it are set to 0 and the rest renormalised.
+      initial: rounds of a space-filling design before the surrogate is asked.
+    """
+
+    beta: float = 2.0
+    floor: float = 0.02
+    initial: int = 3
+
+    def __post_init__(self) -> None:
+        at_least(0, self, "beta")
+        require(0 <= self.floor < 1, "floor", self.floor, "in [0, 1)")
+        at_least(1, self, "initial")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectorConfig:
+    """Which examples of a domain are trained on.
+
+    Attributes:
+      kind: equal utilities, or those of the file `path`.
+      rule: that turns utilities and a count into examples.
+      fraction: share that the rule "remove_lowest" removes.
+    """
+
+    kind: Literal["random", "utilities"] = "random"
+    path: str | None = None
+    rule: Literal["weighted", "top_k", "remove_lowest"] = "weighted"
+    fraction: float = 0.2
+
+    def __post_init__(self) -> None:
+        if self.kind == "utilities" and not self.path:
+            raise FieldError("path", "is missing; a selector of kind 'utilities' needs the file with them.")
+        if self.kind == "random" and (self.path is not None or self.rule != "weighted"):
+            name = "path" if self.path is not None else "rule"
+            raise FieldError(name, "has no meaning for a selector of kind 'random'; leave it out.")
+        require(0 <= self.fraction < 1, "fraction", self.fraction, "in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyConfig:
+    """A whole study. `budget` is the number of examples a round trains on, per epoch."""
+
+    name: str
+    seed: int = 0
+    budget: int
+    rounds: int
+    model: ModelConfig
+    data: DataConfig
+    training: TrainingConfig
+    task: TaskConfig
+    feedback: FeedbackConfig = FeedbackConfig()
+    search: SearchConfig = SearchConfig()
+    selector: SelectorConfig = SelectorConfig()
+
+    def __post_init__(self) -> None:
+        plain = re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", self.name) is not None
+        require(plain, "name", self.name, "letters, digits, points, dashes and underscores")
+        require(0 <= self.seed <= LARGEST_SEED, "seed", self.seed, f"from 0 to {LARGEST_SEED}")
+        at_least(1, self, "budget", "rounds")
+        even = 1 / len(self.data.domains)
+        rule = f"below {even:.3g}, the share of each of {len(self.data.domains)} domains in the uniform mixture"
+        require(self.search.floor < even, "search.floor", self.search.floor, rule)
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
+    """Reads a YAML file; `overrides` such as "training.epochs=2" or "data.domains.0.name=x" replace values.
+
+    Raises:
+      ConfigError: one sentence that begins with the file's path.
+    """
+    try:
+        return loads(Path(path).read_text(encoding="utf-8"), overrides)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not a text in UTF-8"
+        raise ConfigError(f"{path} cannot be read: {reason}.") from None
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def loads(text: str, overrides: Sequence[str] = ()) -> StudyConfig:
+    """Like `load`, from the text of a file."""
+    return from_dict(reduce(override, overrides, parse(text)))
+
+
+def from_dict(tree: Any) -> StudyConfig:
+    """Decodes what a YAML file holds. Raises ConfigError."""
+    return decode(StudyConfig, tree)
+
+
+def dump(config: StudyConfig) -> str:
+    """YAML text that loads back equal; environment variables are already replaced in it."""
+    return yaml.safe_dump(encode(config), sort_keys=False, allow_unicode=True, width=112)
+
+
+def differences(one: StudyConfig, other: StudyConfig) -> list[str]:
+    """Dotted paths of the fields in which two configurations differ."""
+    left, right = flat(encode(one)), flat(encode(other))
+    return [path for path in {**left, **right} if left.get(path, ...) != right.get(path, ...)]

@@ -1,0 +1,343 @@
+"""The study directory: everything a search has learnt, as files that survive a kill at any instant.
+
+    config.yaml       the configuration, environment variables replaced
+    trials/NNNN.json  one small file a trial, replaced as a whole
+    metrics.jsonl     one line a logged training step
+    run.lock          held by `duet run` from start to end; run.holder.json says by whom
+    write.lock        held for the moment of a change, so that `duet tell` works beside a run
+
+The trial files are the source of truth. The search's state is derived from them and can be rebuilt.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import os
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import filelock
+import numpy as np
+
+from duet_jax import config as configs
+from duet_jax import trial as trials
+from duet_jax._files import is_temporary, write
+from duet_jax.config import StudyConfig
+from duet_jax.errors import FeedbackError, StudyError
+from duet_jax.trial import Trial
+from duet_jax.types import Feedback
+
+# Of a configuration, what may change between two runs of a study.
+MAY_CHANGE = ("rounds",)
+SECONDS_TO_WAIT = 30.0
+
+
+class Study:
+    """A study directory. Make one with `Study.create` or `Study.open`.
+
+    Reading takes no lock and works on a read-only copy. Every change reads the files anew under the write lock.
+    """
+
+    def __init__(self, folder: Path, config: StudyConfig):
+        self.folder = folder
+        self.config = config
+        self.domain_names = tuple(domain.name for domain in config.data.domains)
+        self._write_lock = filelock.FileLock(folder / "write.lock")
+
+    @staticmethod
+    def exists(folder: str | Path) -> bool:
+        """Whether there is a study in `folder`."""
+        return (Path(folder) / "config.yaml").is_file()
+
+    @classmethod
+    def create(cls, folder: str | Path, config: StudyConfig) -> Study:
+        """Makes a new study directory.
+
+        Raises:
+          StudyError: there is a study already, or other files.
+        """
+        folder = Path(folder)
+        if cls.exists(folder):
+            raise StudyError(f"{folder} already holds a study; open it, or give another directory.")
+        # What a creation that was killed may have left behind is no obstacle to the next one.
+        ours = {"trials", "write.lock"}
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            others = [e.name for e in folder.iterdir() if e.name not in ours and not is_temporary(e)]
+            if others:
+                raise StudyError(f"{folder} holds other files, such as {others[0]}; give an empty directory.")
+            (folder / "trials").mkdir(exist_ok=True)
+            write(folder / "config.yaml", configs.dump(config))
+        except OSError as error:
+            raise StudyError(f"{folder} cannot be made a study directory: {error.strerror}.") from None
+        return cls(folder, config)
+
+    @classmethod
+    def open(cls, folder: str | Path, config: StudyConfig | None = None) -> Study:
+        """Opens a study directory.
+
+        Args:
+          folder: the directory.
+          config: what it should be a study of. More or fewer rounds are accepted and noted.
+
+        Raises:
+          StudyError: there is no study, or it is of another configuration; the differing fields are named.
+        """
+        folder = Path(folder)
+        if not cls.exists(folder):
+            raise StudyError(f"There is no study in {folder} (no config.yaml); start one with: duet run CONFIG")
+        found = configs.load(folder / "config.yaml")
+        if config is None or config == found:
+            return cls(folder, found)
+        differing = [path for path in configs.differences(found, config) if path not in MAY_CHANGE]
+        if differing:
+            raise StudyError(
+                f"The study in {folder} was started with another configuration; these fields differ: "
+                f"{', '.join(differing)}. Give another --study directory, or the old values."
+            )
+        study = cls(folder, config)
+        with study.editing():
+            write(folder / "config.yaml", configs.dump(config))
+        return study
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Holds the directory for a run: at most one process trains. Never waits.
+
+        Raises:
+          StudyError: another process holds it; it is named.
+        """
+        lock = filelock.FileLock(self.folder / "run.lock")
+        holder = self.folder / "run.holder.json"
+        try:
+            lock.acquire(blocking=False)
+        except filelock.Timeout:
+            raise StudyError(
+                f"Another run holds {self.folder} ({_read_holder(holder)}); wait for it or stop it."
+            ) from None
+        except OSError as error:
+            raise StudyError(f"{self.folder} cannot be written: {error.strerror}.") from None
+        try:
+            write(holder, json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": _now()}))
+            with self.editing():
+                for left in (self.folder / "trials").iterdir():
+                    if is_temporary(left):
+                        left.unlink()
+            yield
+        finally:
+            holder.unlink(missing_ok=True)
+            lock.release()
+
+    @contextmanager
+    def editing(self) -> Iterator[None]:
+        """Holds the write lock; other changes wait. May be nested."""
+        try:
+            self._write_lock.acquire(timeout=SECONDS_TO_WAIT)
+        except filelock.Timeout:
+            raise StudyError(
+                f"{self.folder} has been locked by another process for {SECONDS_TO_WAIT:.0f} s; try again."
+            ) from None
+        except OSError as error:
+            raise StudyError(f"{self.folder} cannot be written: {error.strerror}.") from None
+        try:
+            yield
+        finally:
+            self._write_lock.release()
+
+    def trials(self) -> list[Trial]:
+        """All trials in order.
+
+        Raises:
+          StudyError: a trial file is damaged or missing.
+        """
+        paths = [path for path in (self.folder / "trials").glob("*.json") if path.stem.isdecimal()]
+        paths.sort(key=lambda path: int(path.stem))
+        found = [trials.read(path, self.domain_names) for path in paths]
+        for number, trial in enumerate(found):
+            if trial.trial != number:
+                raise StudyError(f"{self._path(number)} is missing; restore it from a copy of the study.")
+        return found
+
+    def completed(self) -> list[Trial]:
+        """Trials with feedback, in order."""
+        return [trial for trial in self.trials() if trial.status == "completed"]
+
+    def observations(self) -> tuple[np.ndarray, np.ndarray, list[float | None]]:
+        """What the search is told, in trial order.
+
+        Returns:
+          Mixtures float64 `[n, d]` in the order of `domain_names`, values float64 `[n]`, standard errors.
+        """
+        told = [(trial, trial.feedback) for trial in self.completed() if trial.feedback is not None]
+        mixtures = [[trial.mixture[name] for name in self.domain_names] for trial, _ in told]
+        values = np.array([feedback["value"] for _, feedback in told], np.float64)
+        return (
+            np.array(mixtures, np.float64).reshape(-1, len(self.domain_names)),
+            values,
+            [trial.noise for trial, _ in told],
+        )
+
+    def new_trial(
+        self,
+        *,
+        mixture: Mapping[str, float],
+        counts: Mapping[str, int],
+        proposal: Mapping[str, Any] | None,
+        seeds: Mapping[str, int],
+        stage: str = "proposed",
+    ) -> Trial:
+        """Adds a pending trial with the next number.
+
+        Raises:
+          StudyError: the mixture is no point of the simplex over the study's domains.
+        """
+        problem = trials.mixture_problem(mixture, self.domain_names)
+        if problem:
+            raise StudyError(f"The mixture {dict(mixture)} {problem}.")
+        with self.editing():
+            number = len(self.trials())
+            trial = Trial(
+                trial=number,
+                status="pending",
+                stage=stage,
+                mixture=dict(mixture),
+                counts=dict(counts),
+                proposal=proposal,
+                seeds=dict(seeds),
+                times={"proposed": _now()},
+            )
+            self._save(trial)
+        return trial
+
+    def update(self, trial: Trial | int, **changes: Any) -> Trial:
+        """Replaces fields of a trial as it is on disk now; a new stage is noted in its times."""
+        with self.editing():
+            current = self._current(trial)
+            if "stage" in changes:
+                if current.status != "pending":
+                    # Its feedback came in while it was being trained: that is the later stage.
+                    changes["stage"] = current.stage
+                else:
+                    changes["times"] = {**current.times, changes["stage"]: _now()}
+            changed = dataclasses.replace(current, **changes)
+            self._save(changed)
+        return changed
+
+    def tell(
+        self,
+        trial: Trial | int,
+        value: float,
+        stderr: float | None = None,
+        *,
+        details: Mapping[str, float] | None = None,
+        independent: bool = True,
+    ) -> Trial:
+        """Records the feedback of a pending trial, once.
+
+        Args:
+          trial: the trial or its number.
+          value: higher is better.
+          stderr: standard error of `value`, if known.
+          details: further numbers worth keeping.
+          independent: whether that error is this trial's own. That of a fixed evaluation set is not: all
+            trials share it, and it does not blur their comparison.
+
+        Raises:
+          FeedbackError: unknown trial, told before, failed before, or a number that cannot be feedback.
+        """
+        try:
+            number = float(value)
+            error = None if stderr is None else float(stderr)
+        except (TypeError, ValueError):
+            raise FeedbackError(f"The feedback ({value!r}, {stderr!r}) must be numbers.") from None
+        told = Feedback(number, error, details or {})
+        with self.editing():
+            current = self._current(trial)
+            if current.feedback is not None:
+                raise FeedbackError(
+                    f"Trial {current.trial} has its feedback already: {current.feedback['value']}, told at "
+                    f"{current.times.get('told')}; a trial is told once."
+                )
+            if current.status == "failed":
+                raise FeedbackError(f"Trial {current.trial} failed ({current.error}) and takes no feedback.")
+            changed = dataclasses.replace(
+                current,
+                status="completed",
+                stage="scored",
+                feedback={
+                    "value": told.value,
+                    "stderr": told.stderr,
+                    "independent": independent,
+                    "details": dict(told.details),
+                },
+                times={**current.times, "told": _now()},
+            )
+            self._save(changed)
+        return changed
+
+    def fail(self, trial: Trial | int, reason: str) -> Trial:
+        """Closes a pending trial without feedback."""
+        with self.editing():
+            current = self._current(trial)
+            if current.status != "pending":
+                raise StudyError(f"Trial {current.trial} is {current.status} and cannot fail any more.")
+            times = {**current.times, "failed": _now()}
+            changed = dataclasses.replace(current, status="failed", error=reason, times=times)
+            self._save(changed)
+        return changed
+
+    def append_metrics(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Adds lines to metrics.jsonl. Each has at least `trial` and `step`."""
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        with (self.folder / "metrics.jsonl").open("ab+") as file:
+            # A line that a killed run left unfinished must not swallow the next one.
+            if file.seek(0, os.SEEK_END) > 0:
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":
+                    text = "\n" + text
+            file.write(text.encode())
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Logged steps in the order of (trial, step). Of a step logged twice the last counts."""
+        try:
+            lines = (self.folder / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
+        except FileNotFoundError:
+            return []
+        rows = {}
+        for line in lines:
+            # Lines torn by a kill are skipped: a resumed run logs their steps again.
+            with suppress(ValueError, KeyError, TypeError):
+                row = json.loads(line)
+                rows[int(row["trial"]), int(row["step"])] = row
+        return [rows[key] for key in sorted(rows)]
+
+    def _path(self, number: int) -> Path:
+        return self.folder / "trials" / f"{number:04d}.json"
+
+    def _current(self, trial: Trial | int) -> Trial:
+        number = trial.trial if isinstance(trial, Trial) else trial
+        if not self._path(number).is_file():
+            count = len(self.trials())
+            known = "it has none yet" if count == 0 else f"its trials are 0 to {count - 1}"
+            raise FeedbackError(f"There is no trial {number} in {self.folder}; {known}.")
+        return trials.read(self._path(number), self.domain_names)
+
+    def _save(self, trial: Trial) -> None:
+        write(self._path(trial.trial), json.dumps(dataclasses.asdict(trial), indent=1, ensure_ascii=False) + "\n")
+
+
+def _read_holder(path: Path) -> str:
+    try:
+        holder = json.loads(path.read_text(encoding="utf-8"))
+        return f"process {holder['pid']} on {holder['host']}, since {holder['since']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "process unknown"
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")

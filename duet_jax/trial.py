@@ -1,0 +1,94 @@
+"""One trial of a study, as its file holds it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from duet_jax.errors import StudyError
+from duet_jax.types import Feedback
+
+Status = Literal["pending", "completed", "failed"]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One mixture, and what has become of it.
+
+    Attributes:
+      trial: number from 0, also the name of its file.
+      status: "pending" until its feedback is told, or until it has failed.
+      stage: "proposed" or "asked" (to be trained by somebody else), "trained", "scored".
+      mixture: share of the budget by domain name.
+      counts: examples by domain name.
+      feedback: None, or value, stderr (may be None), independent (whether that error is noise of this trial
+        alone, and not the same for all trials), details.
+      proposal: what the search expected: mean, stderr, acquisition, origin.
+      seeds: of everything random in the trial.
+      training: what was trained on and how it went; None before that.
+      times: UTC, ISO 8601, of "proposed", "trained", "told" and "failed".
+      error: why it failed.
+    """
+
+    trial: int
+    status: Status
+    stage: str
+    mixture: Mapping[str, float]
+    counts: Mapping[str, int]
+    feedback: Mapping[str, Any] | None = None
+    proposal: Mapping[str, Any] | None = None
+    seeds: Mapping[str, int] = field(default_factory=dict)
+    training: Mapping[str, Any] | None = None
+    times: Mapping[str, str] = field(default_factory=dict)
+    error: str | None = None
+
+    @property
+    def noise(self) -> float | None:
+        """Standard error of the feedback as the search should hear it: None unless it is this trial's own."""
+        if self.feedback is None or not self.feedback.get("independent", True):
+            return None
+        return self.feedback["stderr"]
+
+
+def read(path: Path, names: Sequence[str]) -> Trial:
+    """Reads a trial file of a study over the domains `names`.
+
+    Raises:
+      StudyError: the file is damaged; it is named.
+    """
+    try:
+        trial = Trial(**json.loads(path.read_text(encoding="utf-8")))
+        problem = _trial_problem(trial, int(path.stem)) or mixture_problem(trial.mixture, names)
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        problem = str(error)
+    if problem:
+        raise StudyError(f"{path} is damaged ({problem}); restore it from a copy of the study.") from None
+    return trial
+
+
+def _trial_problem(trial: Trial, number: int) -> str | None:
+    if trial.trial != number:
+        return f"it says to be trial {trial.trial!r}"
+    if trial.status not in ("pending", "completed", "failed"):
+        return f"its status is {trial.status!r}"
+    if (trial.status == "completed") != (trial.feedback is not None):
+        return f"it is {trial.status} {'without' if trial.feedback is None else 'with'} feedback"
+    if trial.feedback is not None:
+        Feedback(trial.feedback["value"], trial.feedback["stderr"])
+    return None
+
+
+def mixture_problem(mixture: Mapping[str, float], names: Sequence[str]) -> str | None:
+    """Why a mixture is no point of the simplex over the domains `names`; None if it is one."""
+    if sorted(mixture) != sorted(names):
+        return f"has shares for {len(mixture)} domains ({', '.join(mixture)}), not for {', '.join(names)}"
+    for name, share in mixture.items():
+        if not (math.isfinite(share) and share >= 0):
+            return f"has the share {share} for {name}; a share is at least 0"
+    if abs(sum(mixture.values()) - 1) > 1e-6:
+        return f"has shares that sum to {sum(mixture.values()):.8g}, not 1"
+    return None
