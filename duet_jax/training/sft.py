@@ -1,0 +1,357 @@
+"""Supervised fine-tuning on responses: LoRA factors or all parameters, one compiled step per length bucket.
+
+The step is compiled once for the life of a `Trainer`. What differs between rounds (the data, the number of steps,
+the learning rates, the start) comes in as arguments.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import time
+from collections.abc import Callable
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+
+from duet_jax.data import Batch, Encoded, gather_batch, plan_batches
+from duet_jax.kernels.linear_cross_entropy import linear_cross_entropy
+from duet_jax.models import llama
+from duet_jax.models import lora as adapters
+from duet_jax.training.checkpoint import Checkpoints
+
+if TYPE_CHECKING:
+    from duet_jax.config import TrainingConfig
+
+
+class TrainState(NamedTuple):
+    """What a step changes: LoRA factors or all parameters, float32, and the optimiser's moments."""
+
+    trainable: Any
+    optimiser: optax.OptState
+
+
+class Metrics(NamedTuple):
+    """Scalars of one step: mean loss per response token in nats, gradient norm before clipping, tokens."""
+
+    loss: Array
+    gradient_norm: Array
+    response_tokens: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class StepReport:
+    """One finished step, on the host. `tokens` counts the prompt and response tokens it trained on."""
+
+    step: int
+    steps: int
+    loss: float
+    gradient_norm: float
+    learning_rate: float
+    tokens: int
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A finished training.
+
+    Attributes:
+      trainable: LoRA factors or all parameters.
+      steps: number of optimiser steps.
+      tokens: prompt and response tokens trained on, all epochs, padding not counted.
+      loss: mean training loss per response token over the whole run, nats.
+      seconds: wall time in this process; a resumed run counts from its checkpoint.
+    """
+
+    trainable: Any
+    steps: int
+    tokens: int
+    loss: float
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Trainer:
+    """Trains the same base model again and again, each time from the start, without compiling anew.
+
+    Attributes:
+      model: shape of the network.
+      load_base: gives its parameters. Under LoRA it is called for each use and gives the same arrays, of any
+        float dtype. Otherwise it is called once a training, which takes over the arrays it gives and changes
+        them in place, so that the base need not be kept beside them.
+      settings: method, optimiser, schedule.
+      buckets: lengths that batches are padded to, ascending.
+      pad_id: id of padding.
+      compute_dtype: dtype of matrix products.
+      remat: what the backward pass computes again, see `llama.hidden_states`.
+    """
+
+    model: llama.LlamaConfig
+    load_base: Callable[[], llama.Params]
+    settings: TrainingConfig
+    buckets: tuple[int, ...]
+    pad_id: int
+    compute_dtype: Any = jnp.float32
+    remat: llama.Remat = "full"
+
+    @cached_property
+    def _lora_config(self) -> adapters.LoraConfig:
+        chosen = self.settings.lora
+        return adapters.LoraConfig(chosen.rank, chosen.alpha, chosen.dropout, tuple(chosen.targets), chosen.layers)
+
+    @cached_property
+    def _adapter(self) -> adapters.Lora | None:
+        """The adapters without their factors; None when all parameters are trained."""
+        if self.settings.method == "full":
+            return None
+        return adapters.without_factors(self.model, self._lora_config)
+
+    @cached_property
+    def _optimiser(self) -> optax.GradientTransformation:
+        settings = self.settings
+        return optax.chain(
+            optax.clip_by_global_norm(settings.clip_norm),
+            optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8),
+            optax.add_decayed_weights(settings.weight_decay, mask=_decays),
+        )
+
+    def start(self, key: Array) -> TrainState:
+        """The state before the first step."""
+        if self._adapter is None:
+            trainable = jax.tree.map(lambda x: x.astype(jnp.float32), self.load_base())
+        else:
+            trainable = self._new_factors(key)
+        return TrainState(trainable, self._new_moments(trainable))
+
+    @cached_property
+    def _new_factors(self) -> Callable[[Array], Any]:
+        return jax.jit(lambda key: adapters.init(self.model, self._lora_config, key=key).factors)
+
+    @cached_property
+    def _new_moments(self) -> Callable[[Any], optax.OptState]:
+        return jax.jit(self._optimiser.init)
+
+    def deployable(self, trainable: Any) -> tuple[llama.Params, adapters.Lora | None]:
+        """Parameters and adapters (or None) of the trained model, ready for `llama.hidden_states`."""
+        if self._adapter is None:
+            return trainable, None
+        return self.load_base(), dataclasses.replace(self._adapter, factors=trainable)
+
+    def loss(self, trainable: Any, base: llama.Params | None, tokens: Array, weights: Array, key: Array) -> Array:
+        """Weighted sum of the tokens' losses, float32 scalar.
+
+        Args:
+          trainable: LoRA factors or all parameters.
+          base: frozen parameters under LoRA, else None.
+          tokens: int32 `[B, T]`.
+          weights: float32 `[B, T]`: what the prediction of each token counts, 0 at `t = 0`.
+          key: key of LoRA dropout.
+        """
+        lora = None
+        params = trainable
+        if self._adapter is not None:
+            assert base is not None
+            params, lora = base, dataclasses.replace(self._adapter, factors=trainable)
+        hidden = llama.hidden_states(
+            self.model,
+            params,
+            tokens,
+            lora=lora,
+            dropout_key=key,
+            compute_dtype=self.compute_dtype,
+            remat=self.remat,
+        )
+        return linear_cross_entropy(
+            hidden[:, :-1].reshape(-1, hidden.shape[-1]),
+            llama.output_head(params),
+            tokens[:, 1:].reshape(-1),
+            weights[:, 1:].reshape(-1),
+            256,
+            self.compute_dtype,
+        )
+
+    @cached_property
+    def step(self) -> Callable[..., tuple[TrainState, Metrics]]:
+        """One compiled optimiser step: `(state, base, tokens, mask, rate, key, number) -> (state, metrics)`.
+
+        `state` is donated. Gradients of `micro_batch_size` rows at a time are added up; each response token of
+        the whole batch counts the same.
+        """
+
+        @partial(jax.jit, donate_argnums=(0,))
+        def step(
+            state: TrainState,
+            base: llama.Params | None,
+            tokens: Array,
+            mask: Array,
+            rate: Array,
+            key: Array,
+            number: Array,
+        ) -> tuple[TrainState, Metrics]:
+            response_tokens = jnp.sum(mask)
+            weights = mask / jnp.maximum(response_tokens, 1).astype(jnp.float32)
+            loss, gradient = self._gradient(state.trainable, base, tokens, weights, jax.random.fold_in(key, number))
+            norm = optax.tree.norm(gradient)
+            update, optimiser = self._optimiser.update(gradient, state.optimiser, state.trainable)
+            trainable = jax.tree.map(lambda p, u: p - rate * u, state.trainable, update)
+            return TrainState(trainable, optimiser), Metrics(loss, norm, response_tokens)
+
+        return step
+
+    def _gradient(
+        self, trainable: Any, base: llama.Params | None, tokens: Array, weights: Array, key: Array
+    ) -> tuple[Array, Any]:
+        rows = tokens.shape[0]
+        size = self.settings.micro_batch_size or rows
+        differentiate = jax.value_and_grad(self.loss)
+        if size == rows:
+            return differentiate(trainable, base, tokens, weights, key)
+
+        def add(total: tuple[Array, Any], part: tuple) -> tuple[tuple[Array, Any], None]:
+            value = differentiate(trainable, base, *part)
+            return jax.tree.map(jnp.add, total, value), None
+
+        parts = (
+            tokens.reshape(rows // size, size, -1),
+            weights.reshape(rows // size, size, -1),
+            jax.random.split(key, rows // size),
+        )
+        zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, trainable))
+        return jax.lax.scan(add, zero, parts)[0]
+
+    def plan(self, data: Encoded, rows: np.ndarray, seed: int) -> list[tuple[int, np.ndarray]]:
+        """The batches of all epochs in order, as (bucket length, rows of `data`); a pure function of its input."""
+        lengths = np.array([len(data.tokens[row]) for row in rows])
+        batches = []
+        for epoch in range(self.settings.epochs):
+            rng = np.random.default_rng([seed, epoch])
+            batches += [
+                (length, rows[chosen])
+                for length, chosen in plan_batches(lengths, self.buckets, self.settings.batch_size, rng=rng)
+            ]
+        return batches
+
+    def fit(
+        self,
+        data: Encoded,
+        rows: np.ndarray,
+        *,
+        seed: int,
+        start_seed: int,
+        fingerprint: str = "",
+        folder: Path | None = None,
+        on_step: Callable[[StepReport], None] = lambda report: None,
+    ) -> Trained:
+        """Trains from the base model on the given rows, or goes on from the checkpoint in `folder`.
+
+        Args:
+          data: encoded examples, of which
+          rows: int64 `[n]` are trained on in every epoch; a row may appear several times.
+          seed: order of the data and dropout.
+          start_seed: first values of the adapters. Kept the same over rounds, it makes their comparison
+            fairer (common random numbers).
+          fingerprint: of the base model, kept with checkpoints.
+          folder: where checkpoints go, every `checkpoint_every` steps and at the end; None for none.
+          on_step: called after each step, one step late so that the device never waits for it.
+
+        Returns:
+          The trained factors or parameters. Stopped and called again, it ends with the same bits.
+
+        Raises:
+          ModelError: the checkpoint in `folder` is of another model or of other data.
+        """
+        batches = self.plan(data, rows, seed)
+        state = self.start(jax.random.key(start_seed))
+        if folder is None:
+            return self._run(data, batches, state, seed, None, {}, 0, on_step)
+        identity = {"model": fingerprint, "data": _digest(data, batches), "settings": repr(self.settings)}
+        with Checkpoints(folder, identity) as checkpoints:
+            found = checkpoints.restore(state)
+            done, progress = 0, {"loss": 0.0, "response_tokens": 0.0, "tokens": 0.0}
+            if found is not None:
+                done, state, progress = found
+            return self._run(data, batches, state, seed, checkpoints, progress, done, on_step)
+
+    def _run(
+        self,
+        data: Encoded,
+        batches: list[tuple[int, np.ndarray]],
+        state: TrainState,
+        seed: int,
+        checkpoints: Checkpoints | None,
+        progress: dict[str, float],
+        done: int,
+        on_step: Callable[[StepReport], None],
+    ) -> Trained:
+        began, steps = time.perf_counter(), len(batches)
+        totals = {"loss": 0.0, "response_tokens": 0.0, "tokens": 0.0} | progress
+        rates = learning_rates(self.settings, steps)
+        key, base = jax.random.key(seed), None if self._adapter is None else self.load_base()
+        last: tuple[int, Metrics, int] | None = None
+
+        def finish(number: int, metrics: Metrics, tokens: int) -> None:
+            loss, norm, response_tokens = (float(x) for x in metrics)
+            totals["loss"] += loss * response_tokens
+            totals["response_tokens"] += response_tokens
+            totals["tokens"] += tokens
+            seconds = time.perf_counter() - began
+            on_step(StepReport(number + 1, steps, loss, norm, float(rates[number]), tokens, seconds))
+
+        for number in range(done, steps):
+            length, rows = batches[number]
+            batch: Batch = gather_batch(data, rows, length, self.settings.batch_size, self.pad_id)
+            state, metrics = self.step(state, base, batch.tokens, batch.loss_mask, rates[number], key, np.int32(number))
+            if last is not None:
+                finish(*last)
+            last = number, metrics, sum(len(data.tokens[row]) for row in rows)
+            ended = number + 1 == steps
+            if ended or (checkpoints and (number + 1) % self.settings.checkpoint_every == 0):
+                finish(*last)
+                last = None
+                if checkpoints:
+                    checkpoints.save(number + 1, state, totals)
+        mean_loss = totals["loss"] / max(totals["response_tokens"], 1.0)
+        return Trained(state.trainable, steps, int(totals["tokens"]), mean_loss, time.perf_counter() - began)
+
+
+def learning_rates(settings: TrainingConfig, steps: int) -> np.ndarray:
+    """Learning rate of each step, float32 `[steps]`.
+
+    A linear rise over the first `warmup_fraction` of the steps, then a constant, a line to 0 or a half cosine
+    to 0. Computed on the host, so that a round with another number of steps compiles nothing.
+    """
+    warmup = math.ceil(settings.warmup_fraction * steps)
+    number = np.arange(steps)
+    rise = (number + 1) / max(warmup, 1)
+    progress = (number - warmup) / max(steps - warmup, 1)
+    fall = {
+        "constant": np.ones(steps),
+        "linear": 1 - progress,
+        "cosine": (1 + np.cos(np.pi * progress)) / 2,
+    }[settings.schedule]
+    return (settings.learning_rate * np.where(number < warmup, rise, fall)).astype(np.float32)
+
+
+def _decays(trainable: Any) -> Any:
+    """True for matrices; norms and biases are not pulled to zero."""
+    leaves = ("kernel", "embedding", "head", "a", "b")
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in leaves, trainable)
+
+
+def _digest(data: Encoded, batches: list[tuple[int, np.ndarray]]) -> str:
+    """Hash of every token that will be trained on, in order."""
+    digest = hashlib.sha256()
+    for length, rows in batches:
+        digest.update(f"{length}:{len(rows)}".encode())
+        for row in rows:
+            digest.update(np.int64(data.prompt_lengths[row]).tobytes())
+            digest.update(np.asarray(data.tokens[row], np.int32).tobytes())
+    return digest.hexdigest()
