@@ -1,0 +1,125 @@
+"""A trained model as an unseen task meets it: it scores responses, answers prompts and can be exported."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from duet_jax import models
+from duet_jax.data import Encoded, Example, encode, encode_prompts, gather_batch, plan_batches
+from duet_jax.kernels.linear_cross_entropy import token_log_probs
+from duet_jax.models import generate, llama
+from duet_jax.models import lora as adapters
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Engine:
+    """Compiled scoring and generation, shared by all models of one shape, so by all rounds of a study.
+
+    Attributes:
+      model: the base model; its tokenizer and its shape count here.
+      chat: whether prompts go through the chat template.
+      buckets: lengths that batches are padded to, ascending; the last is the longest sequence.
+      compute_dtype: dtype of matrix products.
+    """
+
+    model: models.Model
+    chat: bool
+    buckets: tuple[int, ...]
+    compute_dtype: Any = jnp.float32
+
+    def encode(self, examples: Sequence[Example], name: str) -> Encoded:
+        """Prompts and responses as token ids, cut to the longest bucket."""
+        return encode(examples, self.model.tokenizer, chat=self.chat, max_length=self.buckets[-1], name=name)
+
+    def encode_prompts(self, examples: Sequence[Example]) -> Encoded:
+        """Prompts alone as token ids, cut at their beginning to the longest bucket."""
+        return encode_prompts(examples, self.model.tokenizer, chat=self.chat, max_length=self.buckets[-1])
+
+    @cached_property
+    def score(self) -> Any:
+        """Compiled `(params, lora, tokens [B, T], mask [B, T]) -> float32 [B]`: summed log-probabilities."""
+
+        @jax.jit
+        def score(params: llama.Params, lora: adapters.Lora | None, tokens: Array, mask: Array) -> Array:
+            hidden = llama.hidden_states(self.model.config, params, tokens, lora=lora, compute_dtype=self.compute_dtype)
+            log_probs = token_log_probs(
+                hidden[:, :-1].reshape(-1, hidden.shape[-1]),
+                llama.output_head(params),
+                tokens[:, 1:].reshape(-1),
+                mask[:, 1:].reshape(-1),
+                compute_dtype=self.compute_dtype,
+            )
+            return jnp.sum(log_probs.reshape(mask[:, 1:].shape), axis=1)
+
+        return score
+
+    @lru_cache(maxsize=8)  # noqa: B019 - an engine lives as long as its study
+    def generator(self, max_new_tokens: int) -> generate.Generate:
+        """The compiled greedy decoder for replies of at most `max_new_tokens`."""
+        return generate.make_generate(
+            self.model.config,
+            max_new_tokens=max_new_tokens,
+            stop_ids=self.model.tokenizer.eos_ids,
+            pad_id=self.model.tokenizer.pad_id,
+            compute_dtype=self.compute_dtype,
+        )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Deployed:
+    """One trained model, made of what was trained and the study's engine.
+
+    Attributes:
+      engine: compiled functions and the tokenizer.
+      params: parameters of the network.
+      lora: adapters on them, or None.
+    """
+
+    engine: Engine
+    params: llama.Params
+    lora: adapters.Lora | None = None
+
+    def log_probs(self, encoded: Encoded, batch_size: int) -> np.ndarray:
+        """Summed log-probability of each response with its end of text, float64 `[n]`, nats."""
+        sums = np.zeros(len(encoded))
+        pending = []
+        for length, rows in plan_batches(encoded.lengths, self.engine.buckets, batch_size):
+            batch = gather_batch(encoded, rows, length, batch_size, self.engine.model.tokenizer.pad_id)
+            pending.append((rows, self.engine.score(self.params, self.lora, batch.tokens, batch.loss_mask)))
+        for rows, values in pending:
+            sums[rows] = np.asarray(values)[: len(rows)]
+        return sums
+
+    def answer(self, prompts: Encoded, max_new_tokens: int, batch_size: int) -> list[str]:
+        """Greedy replies to encoded prompts, as text without special tokens, in the prompts' order."""
+        tokenizer, replies = self.engine.model.tokenizer, [""] * len(prompts)
+        decoder = self.engine.generator(max_new_tokens)
+        for length, rows in plan_batches(prompts.lengths, self.engine.buckets, batch_size):
+            batch = gather_batch(prompts, rows, length, batch_size, tokenizer.pad_id)
+            lengths = np.ones(batch_size, np.int32)
+            lengths[: len(rows)] = np.maximum(prompts.lengths[rows], 1)
+            ids, counts = jax.device_get(decoder(self.params, self.lora, batch.tokens, lengths))
+            for i, row in enumerate(rows):
+                replies[row] = tokenizer.decode(ids[i, : counts[i]].tolist())
+        return replies
+
+    def export(self, folder: str | Path) -> Path:
+        """Writes the trained model, adapters merged, as a Hugging Face folder, and returns its path."""
+        params = self.params if self.lora is None else adapters.merge(self.params, self.lora)
+        base = self.engine.model
+        models.save(dataclasses.replace(base, params=params, source=str(folder)), folder)
+        return Path(folder)
+
+
+def response_tokens(encoded: Encoded) -> np.ndarray:
+    """Number of scored tokens of each example: the response and its end of text, int64 `[n]`."""
+    return encoded.lengths.astype(np.int64) - np.maximum(encoded.prompt_lengths, 1)

@@ -1,0 +1,100 @@
+"""Unseen tasks that are not ours: a Python function, or a command."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from duet_jax.errors import ConfigError, FeedbackError
+from duet_jax.feedback.deployed import Deployed
+from duet_jax.types import Feedback
+
+
+def load_function(name: str) -> Callable[[Deployed], Any]:
+    """The function named `module:function`; modules of the working directory are found too.
+
+    Raises:
+      ConfigError: there is no such module or function.
+    """
+    module_name, _, function_name = name.partition(":")
+    sys.path.insert(0, os.getcwd())
+    try:
+        function = getattr(importlib.import_module(module_name), function_name, None)
+    except ImportError as error:
+        raise ConfigError(f"task.function: the module '{module_name}' cannot be imported: {error}") from error
+    finally:
+        sys.path.remove(os.getcwd())
+    if not callable(function):
+        raise ConfigError(
+            f"task.function: the module '{module_name}' has no function '{function_name}'; write it as module:function."
+        )
+    return function
+
+
+@dataclasses.dataclass(frozen=True)
+class PythonTask:
+    """Calls a function with the `Deployed` model; it returns a number, a pair (value, stderr) or a `Feedback`."""
+
+    function: Callable[[Deployed], Any]
+
+    def __call__(self, model: Deployed) -> Feedback:
+        return _feedback(self.function(model), f"The function {self.function.__name__}")
+
+
+@dataclasses.dataclass(frozen=True)
+class CommandTask:
+    """Runs a command on the exported model (a Hugging Face folder) and reads the last line it prints.
+
+    `{model}` in an argument becomes the folder, which the environment variable DUET_MODEL names as well. The
+    line is a number, or JSON such as `{"value": 0.71, "stderr": 0.02}`. The folder is removed afterwards.
+    """
+
+    command: tuple[str, ...]
+
+    def __call__(self, model: Deployed) -> Feedback:
+        with tempfile.TemporaryDirectory(prefix="duet-model-") as parent:
+            folder = str(model.export(Path(parent) / "model"))
+            arguments = [argument.replace("{model}", folder) for argument in self.command]
+            what = f"The command {' '.join(self.command)}"
+            try:
+                done = subprocess.run(
+                    arguments,
+                    env={**os.environ, "DUET_MODEL": folder},
+                    stdout=subprocess.PIPE,
+                    text=True,
+                    check=False,
+                )
+            except OSError as error:
+                raise FeedbackError(f"{what} could not be started: {error}.") from error
+        if done.returncode != 0:
+            raise FeedbackError(f"{what} ended with status {done.returncode}; it must end with 0.")
+        lines = done.stdout.strip().splitlines()
+        try:
+            return _feedback(json.loads(lines[-1]), what)
+        except (IndexError, json.JSONDecodeError) as error:
+            last = f"its last line is {lines[-1]!r}" if lines else "it printed nothing"
+            raise FeedbackError(f"{what} must print a number or JSON with 'value' as its last line; {last}.") from error
+
+
+def _feedback(answer: Any, what: str) -> Feedback:
+    if isinstance(answer, Feedback):
+        return answer
+    if isinstance(answer, dict) and "value" in answer:
+        answer = answer["value"], answer.get("stderr")
+    value, stderr = answer if isinstance(answer, (tuple, list)) and len(answer) == 2 else (answer, None)
+    try:
+        return Feedback(float(value), None if stderr is None else float(stderr))
+    except (TypeError, ValueError) as error:
+        if isinstance(error, FeedbackError):
+            raise FeedbackError(f"{what} gave {answer!r}: {error}") from error
+        raise FeedbackError(
+            f"{what} gave {answer!r}; it must give a number, or a value and its standard error."
+        ) from error
