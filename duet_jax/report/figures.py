@@ -1,0 +1,223 @@
+"""The figures of the report: matplotlib drawings as inline SVG, the same bytes for the same numbers.
+
+Lines and letters take the page's colour, so that one drawing serves light and dark.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from duet_jax.report.surrogate import Slice
+from duet_jax.trial import Trial
+
+WIDTH = 7.5
+# Replaced by the page's text colour; no figure draws in it.
+INK = "#010203"
+ACCENT = "#d1603d"
+COLOURS = (
+    "#3f7fbf",
+    "#e08e3c",
+    "#4c9f70",
+    "#c0504d",
+    "#8f6fb0",
+    "#8c6d4f",
+    "#d57bb3",
+    "#7f8c8d",
+    "#a9a83f",
+    "#3aa6b9",
+)
+STYLE: Any = {
+    "svg.hashsalt": "duet",
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 9,
+    # A domain may have dollar signs in its name.
+    "text.parse_math": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
+}
+
+styled = matplotlib.rc_context(STYLE)
+
+
+def colours(count: int) -> list[str]:
+    """One colour a domain, all readable on white and on black."""
+    if count <= len(COLOURS):
+        return list(COLOURS[:count])
+    spread = matplotlib.colormaps["turbo"](np.linspace(0.08, 0.92, count))
+    return [matplotlib.colors.to_hex(colour) for colour in spread]
+
+
+@styled
+def feedback(trials: Sequence[Trial]) -> str:
+    """Feedback with its standard error, what the search had expected of it, and the highest so far."""
+    told = [(trial, trial.feedback) for trial in trials if trial.feedback is not None]
+    rounds = [trial.trial + 1 for trial, _ in told]
+    values = [given["value"] for _, given in told]
+    figure, axes = _new(1, 1, height=3.0)
+    ax = axes[0]
+    ax.step(rounds, np.maximum.accumulate(values), where="post", color=INK, alpha=0.45, label="highest so far")
+    expected = [(trial.trial + 1, trial.proposal) for trial, _ in told if _expectation(trial)]
+    if expected:
+        ax.errorbar(
+            [number + 0.15 for number, _ in expected],
+            [proposal["mean"] for _, proposal in expected if proposal],
+            yerr=[proposal["stderr"] for _, proposal in expected if proposal],
+            fmt="none",
+            ecolor=COLOURS[0],
+            alpha=0.5,
+            elinewidth=3,
+            label="expected beforehand, ± its uncertainty",
+        )
+    errors = [given["stderr"] or 0.0 for _, given in told]
+    ax.errorbar(rounds, values, yerr=errors, fmt="o", color=ACCENT, capsize=2, label="feedback ± standard error")
+    _rounds_axis(ax, trials)
+    ax.set_ylabel("feedback")
+    figure.legend(loc="outside upper left", ncols=3)
+    return _svg(figure, "feedback", "feedback by round")
+
+
+@styled
+def mixtures(trials: Sequence[Trial], names: Sequence[str]) -> str:
+    """The mixture of every round as a stacked bar. The page has the legend."""
+    figure, axes = _new(1, 1, height=2.6)
+    rounds = [trial.trial + 1 for trial in trials]
+    base = np.zeros(len(trials))
+    for name, colour in zip(names, colours(len(names)), strict=True):
+        shares = np.array([trial.mixture[name] for trial in trials])
+        axes[0].bar(rounds, shares, bottom=base, color=colour, width=0.8)
+        base = base + shares
+    _rounds_axis(axes[0], trials)
+    axes[0].set_ylim(0, 1)
+    axes[0].yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes[0].set_ylabel("share of the budget")
+    return _svg(figure, "mixtures", "mixture by round")
+
+
+@styled
+def slices(parts: Sequence[Slice], names: Sequence[str], observed: tuple[np.ndarray, np.ndarray]) -> str:
+    """The surrogate's mean ± two standard deviations along each domain, through the best mixture."""
+    columns = min(3, len(parts))
+    rows = math.ceil(len(parts) / columns)
+    figure, axes = _new(rows, columns, height=2.0 * rows, sharey=True)
+    shares, values = observed
+    for i, (ax, part, name) in enumerate(zip(axes, parts, names, strict=False)):
+        colour = colours(len(names))[i]
+        ax.fill_between(
+            part.shares,
+            part.mean - 2 * part.stderr,
+            part.mean + 2 * part.stderr,
+            color=colour,
+            alpha=0.25,
+            linewidth=0,
+        )
+        ax.plot(part.shares, part.mean, color=colour)
+        ax.plot(shares[:, i], values, ".", color=INK, alpha=0.4, markersize=4)
+        ax.axvline(part.at, color=ACCENT, linewidth=1, linestyle=":")
+        ax.set_title(_short(name), fontsize=9)
+        ax.set_xlim(-0.02, 1.02)
+        ax.set_xticks([0.0, 0.5, 1.0])
+        ax.xaxis.set_major_formatter(PercentFormatter(1.0))
+    for ax in axes[len(parts) :]:
+        ax.set_visible(False)
+    figure.supylabel("feedback", fontsize=9)
+    return _svg(figure, "slices", "predicted feedback along each domain")
+
+
+@styled
+def noise(told: Sequence[Trial], mean: np.ndarray, learned: float) -> str:
+    """How far each feedback lies from the surrogate's mean, beside the stated and the learned noise."""
+    heard = [(trial.trial + 1, trial.feedback) for trial in told if trial.feedback is not None]
+    residuals = [given["value"] - expected for (_, given), expected in zip(heard, mean, strict=True)]
+    errors = [given["stderr"] or 0.0 for _, given in heard]
+    figure, axes = _new(1, 1, height=2.4)
+    ax = axes[0]
+    ax.axhspan(-learned, learned, color=COLOURS[0], alpha=0.2, linewidth=0, label="± learned noise")
+    ax.axhline(0.0, color=INK, alpha=0.4, linewidth=0.8)
+    label = "feedback - surrogate, ± stated standard error"
+    rounds = [number for number, _ in heard]
+    ax.errorbar(rounds, residuals, yerr=errors, fmt="o", color=ACCENT, capsize=2, label=label)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set_xlabel("round")
+    figure.legend(loc="outside upper left", ncols=2)
+    return _svg(figure, "noise", "feedback noise")
+
+
+@styled
+def losses(metrics: Sequence[Mapping[str, Any]]) -> str:
+    """Training loss by step, one line a round, later rounds stronger."""
+    curves: dict[int, list[tuple[int, float]]] = {}
+    for row in metrics:
+        if row.get("loss") is not None:
+            curves.setdefault(row["trial"], []).append((row["step"], row["loss"]))
+    figure, axes = _new(1, 1, height=2.6)
+    shades = matplotlib.colormaps["viridis"](np.linspace(0.15, 0.85, max(len(curves), 1)))
+    ends = (min(curves), max(curves)) if curves else ()
+    for shade, (trial, points) in zip(shades, sorted(curves.items()), strict=False):
+        label = f"round {trial + 1}" if trial in ends else None
+        axes[0].plot(*zip(*points, strict=True), color=shade, linewidth=1, label=label)
+    axes[0].set_xlabel("step")
+    axes[0].set_ylabel("loss, nats per token")
+    figure.legend(loc="outside upper left", ncols=2)
+    return _svg(figure, "losses", "training loss by step")
+
+
+@styled
+def timings(trials: Sequence[Trial], stages: Mapping[str, Sequence[float]]) -> str:
+    """Seconds of each stage, by round, stacked."""
+    figure, axes = _new(1, 1, height=2.4)
+    base = np.zeros(len(trials))
+    for (name, seconds), colour in zip(stages.items(), COLOURS, strict=False):
+        axes[0].bar([t.trial + 1 for t in trials], seconds, bottom=base, color=colour, label=name, width=0.8)
+        base = base + np.asarray(seconds)
+    _rounds_axis(axes[0], trials)
+    axes[0].set_ylabel("seconds")
+    figure.legend(loc="outside upper left", ncols=3)
+    return _svg(figure, "timings", "time by stage")
+
+
+def _expectation(trial: Trial) -> bool:
+    proposal = trial.proposal or {}
+    return all(isinstance(proposal.get(name), float) and math.isfinite(proposal[name]) for name in ("mean", "stderr"))
+
+
+def _new(rows: int, columns: int, *, height: float, sharey: bool = False) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    axes = figure.subplots(rows, columns, sharey=sharey, squeeze=False)
+    return figure, list(axes.flat)
+
+
+def _rounds_axis(ax: Axes, trials: Sequence[Trial]) -> None:
+    ax.set_xlim(0.4, max(len(trials), 1) + 0.6)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set_xlabel("round")
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 28 else name[:27] + "…"
+
+
+def _svg(figure: Figure, name: str, title: str) -> str:
+    """The drawing as an element of a page: no prologue, no namespaces, ids that occur once in the page."""
+    buffer = io.StringIO()
+    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    head, body = text.split(">", 1)
+    box = re.search(r'viewBox="[^"]*"', head)
+    assert box is not None
+    body = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", body)
+    return f'<svg {box[0]} role="img" aria-label="{title}">{body}'.replace(INK, "currentColor")

@@ -1,0 +1,117 @@
+"""The report: one HTML page that needs nothing else, from the files of a study."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.resources
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from duet_jax import __version__
+from duet_jax import config as configs
+from duet_jax._files import write
+from duet_jax.errors import StudyError
+from duet_jax.report import figures
+from duet_jax.report.surrogate import Belief, believe
+from duet_jax.study import Study
+from duet_jax.trial import Trial
+
+
+def write_report(folder: str | Path, output: str | Path | None = None) -> Path:
+    """Writes the report of a study; the same study gives the same bytes.
+
+    Args:
+      folder: the study directory.
+      output: the page's file; None: report.html in the study directory.
+
+    Returns:
+      The file written.
+
+    Raises:
+      StudyError: there is no study, it is damaged, or the file cannot be written.
+    """
+    study = Study.open(folder)
+    target = study.folder / "report.html" if output is None else Path(output)
+    page = render(study)
+    try:
+        write(target, page)
+    except OSError as error:
+        raise StudyError(f"The report cannot be written to {target}: {error.strerror}.") from None
+    return target
+
+
+def render(study: Study) -> str:
+    """The page's text."""
+    trials = study.trials()
+    told = [trial for trial in trials if trial.status == "completed"]
+    belief = believe(study)
+    template = importlib.resources.files("duet_jax.report").joinpath("page.html").read_text(encoding="utf-8")
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["number"] = _number
+    return environment.from_string(template).render(
+        study=study,
+        version=__version__,
+        trials=trials,
+        told=told,
+        belief=belief,
+        best=None if belief is None else told[belief.best],
+        noise=_noise(told, belief),
+        legend=list(zip(study.domain_names, figures.colours(len(study.domain_names)), strict=True)),
+        drawings=_drawings(study, trials, told, belief),
+        seconds={trial.trial: _seconds(trial) for trial in trials},
+        config=configs.dump(study.config),
+    )
+
+
+def _drawings(study: Study, trials: Sequence[Trial], told: Sequence[Trial], belief: Belief | None) -> dict[str, Markup]:
+    drawn = {}
+    if told:
+        drawn["feedback"] = figures.feedback(trials)
+    if trials:
+        drawn["mixtures"] = figures.mixtures(trials, study.domain_names)
+    if belief is not None:
+        observed = (belief.mixtures, belief.values)
+        drawn["slices"] = figures.slices(belief.slices, study.domain_names, observed)
+        drawn["noise"] = figures.noise(told, belief.mean, belief.noise)
+    metrics = study.metrics()
+    if metrics:
+        drawn["losses"] = figures.losses(metrics)
+    timed = [_seconds(trial) for trial in trials]
+    if any(each for each in timed):
+        stages = list(dict.fromkeys(name for each in timed for name in each))
+        table = {name: [each.get(name, 0.0) for each in timed] for name in stages}
+        drawn["timings"] = figures.timings(trials, table)
+    # Our own drawings; matplotlib has escaped every name in them.
+    return {name: Markup(text) for name, text in drawn.items()}
+
+
+def _seconds(trial: Trial) -> dict[str, float]:
+    """Wall time of a trial's stages: until it was trained, and from then until its feedback was told."""
+    ends = [trial.times.get(name) for name in ("proposed", "trained", "told")]
+    moments = [None if end is None else datetime.datetime.fromisoformat(end) for end in ends]
+    spans = {}
+    for name, start, end in zip(("training", "feedback"), moments, moments[1:], strict=False):
+        if start is not None and end is not None:
+            spans[name] = max((end - start).total_seconds(), 0.0)
+    return spans
+
+
+def _noise(told: Sequence[Trial], belief: Belief | None) -> dict[str, float | None] | None:
+    if belief is None:
+        return None
+    stated = sorted(t.feedback["stderr"] for t in told if t.feedback and t.feedback["stderr"] is not None)
+    return {"learned": belief.noise, "stated": stated[len(stated) // 2] if stated else None}
+
+
+def _number(value: Any, digits: int = 4) -> str:
+    """A number for people; a dash for none."""
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return "–"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.{digits}g}"
