@@ -41,18 +41,23 @@ class Encoded:
       tokens: one int32 array [length] an example: prompt, response, end of text.
       prompt_lengths: int32 [n], the tokens before the response, BOS included.
       ids: the examples' ids.
-      truncated: examples in `tokens` that lost tokens to the maximum length.
+      cut: for each example, whether it lost tokens to the maximum length.
       dropped: examples left out because none of their response was left.
     """
 
     tokens: tuple[np.ndarray, ...]
     prompt_lengths: np.ndarray
     ids: tuple[str, ...]
-    truncated: int = 0
+    cut: tuple[bool, ...] = ()
     dropped: int = 0
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    @property
+    def truncated(self) -> int:
+        """Examples that lost tokens to the maximum length."""
+        return sum(self.cut)
 
     @property
     def lengths(self) -> np.ndarray:
@@ -91,12 +96,11 @@ def encode(
     prompts = _prompt_ids(examples, tokenizer, chat)
     responses = tokenizer.encode_batch([example.response for example in examples])
     end = list(tokenizer.eos_ids[:1])
-    tokens, prompt_lengths, ids = [], [], []
-    truncated = 0
+    tokens, prompt_lengths, ids, cut = [], [], [], []
     for example, prompt, response in zip(examples, prompts, responses, strict=True):
         whole = [*prompt, *response, *end]
         if max(len(prompt), 1) < min(len(whole), max_length):
-            truncated += len(whole) > max_length
+            cut.append(len(whole) > max_length)
             tokens.append(np.array(whole[:max_length], np.int32))
             prompt_lengths.append(len(prompt))
             ids.append(example.id)
@@ -107,7 +111,7 @@ def encode(
             f"tokens, so raise max_length or shorten the prompts"
         )
     dropped = len(examples) - len(tokens)
-    return Encoded(tuple(tokens), np.array(prompt_lengths, np.int32), tuple(ids), truncated, dropped)
+    return Encoded(tuple(tokens), np.array(prompt_lengths, np.int32), tuple(ids), tuple(cut), dropped)
 
 
 def encode_prompts(examples: Sequence[Example], tokenizer: TokenizerLike, *, chat: bool, max_length: int) -> Encoded:
@@ -127,16 +131,15 @@ def encode_prompts(examples: Sequence[Example], tokenizer: TokenizerLike, *, cha
     """
     if max_length < 2:
         raise ValueError(f"max_length must be at least 2 tokens, not {max_length}")
-    tokens = []
-    truncated = 0
+    tokens, cut = [], []
     for prompt in _prompt_ids(examples, tokenizer, chat):
-        if len(prompt) > max_length:
-            truncated += 1
+        cut.append(len(prompt) > max_length)
+        if cut[-1]:
             start = prompt[:1] if prompt[0] == tokenizer.bos_id else []
             prompt = start + prompt[len(prompt) - max_length + len(start) :]
         tokens.append(np.array(prompt, np.int32))
     lengths = np.fromiter((len(t) for t in tokens), np.int32, len(tokens))
-    return Encoded(tuple(tokens), lengths, tuple(e.id for e in examples), truncated)
+    return Encoded(tuple(tokens), lengths, tuple(e.id for e in examples), tuple(cut))
 
 
 def _prompt_ids(examples: Sequence[Example], tokenizer: TokenizerLike, chat: bool) -> list[list[int]]:
