@@ -69,7 +69,7 @@ class ModelConfig:
     scratch: ScratchConfig | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     chat: bool | None = None
-    remat: Literal["none", "attention", "full"] = "attention"
+    remat: Literal["none", "attention", "full"] = "full"
 
     def __post_init__(self) -> None:
         if (self.source is None) == (self.scratch is None):

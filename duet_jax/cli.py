@@ -1,0 +1,214 @@
+"""The command line: duet run | ask | tell | info | report.
+
+Only the command that computes imports what computes, so that help, `tell` and `info` answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.resources
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from duet_jax import __version__
+from duet_jax import config as configs
+from duet_jax._checks import nearest
+from duet_jax.errors import ConfigError, DuetError
+from duet_jax.study import Study
+from duet_jax.trial import Trial
+
+BAD_INPUT = 2
+INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit status: 0, 2 for a mistake of input, 130 when interrupted."""
+    parser = _parser()
+    words = sys.argv[1:] if arguments is None else arguments
+    # argparse takes a score such as -1e-3 for an option, unless a space comes first.
+    options, rest = parser.parse_known_args([f" {word}" if _is_negative(word) else word for word in words])
+    # argparse takes positional arguments in one piece only; overrides may also stand after options.
+    strays = [word for word in rest if options.command is not _run or word.startswith("-") or "=" not in word]
+    if strays:
+        parser.error(f"unrecognized arguments: {' '.join(strays)}")
+    if rest:
+        options.overrides += rest
+    try:
+        options.command(options)
+    except DuetError as error:
+        print(f"duet: error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        hint = "; the same command goes on from here" if options.command is _run else ""
+        print(f"duet: stopped{hint}.", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="duet",
+        description="Finds the mixture of data domains that serves an unseen task best, from scores alone.",
+        epilog="A study is a directory. It can be stopped at any moment, continued, copied and looked at.",
+    )
+    parser.add_argument("--version", action="version", version=f"duet {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="run a study to its last round, or continue it")
+    run.add_argument("config", type=Path, metavar="CONFIG", help="YAML file; configs/ holds some to start from")
+    run.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a value, as training.epochs=2")
+    run.add_argument("--study", type=Path, metavar="DIR", help="study directory (default: studies/NAME)")
+    run.add_argument("--quiet", action="store_true", help="print nothing")
+    run.set_defaults(command=_run)
+
+    ask = commands.add_parser("ask", help="open a trial and print its mixture, to train it yourself")
+    ask.add_argument("folder", type=Path, metavar="DIR", help="study directory")
+    ask.set_defaults(command=_ask)
+
+    tell = commands.add_parser("tell", help="record the feedback of a trial")
+    tell.add_argument("folder", type=Path, metavar="DIR", help="study directory")
+    tell.add_argument("trial", type=int, metavar="TRIAL", help="number of the trial, from 0")
+    tell.add_argument("score", type=float, metavar="SCORE", help="its feedback, higher is better")
+    tell.add_argument("--stderr", type=float, metavar="S", help="standard error of the score, if known")
+    tell.set_defaults(command=_tell)
+
+    info = commands.add_parser("info", help="show a study")
+    info.add_argument("folder", type=Path, metavar="DIR", help="study directory")
+    info.add_argument("--json", action="store_true", help="print everything, for programs")
+    info.set_defaults(command=_info)
+
+    report = commands.add_parser("report", help="write a study as one HTML page")
+    report.add_argument("folder", type=Path, metavar="DIR", help="study directory")
+    report.add_argument("--output", type=Path, metavar="FILE", help="(default: DIR/report.html)")
+    report.set_defaults(command=_report)
+    return parser
+
+
+def _run(options: argparse.Namespace) -> None:
+    if not options.config.is_file():
+        raise ConfigError(f"There is no file {options.config}; {_packaged(options.config.name)}")
+    config = configs.load(options.config, options.overrides)
+    folder = options.study or Path("studies") / config.name
+
+    from duet_jax import duet
+
+    duet.run(config, folder, options.quiet)
+
+
+def _ask(options: argparse.Namespace) -> None:
+    Study.open(options.folder)
+
+    from duet_jax import duet
+
+    trial = duet.ask(options.folder)
+    print(json.dumps({"trial": trial.trial, "mixture": dict(trial.mixture), "counts": dict(trial.counts)}))
+
+
+def _tell(options: argparse.Namespace) -> None:
+    study = Study.open(options.folder)
+    trial = study.tell(options.trial, options.score, options.stderr)
+    assert trial.feedback is not None
+    print(f"trial {trial.trial}: feedback {trial.feedback['value']:g} recorded, {_progress(study)}")
+
+
+def _info(options: argparse.Namespace) -> None:
+    study = Study.open(options.folder)
+    if options.json:
+        print(json.dumps(_strict(_whole(study)), indent=1, ensure_ascii=False))
+    else:
+        _print_table(study)
+
+
+def _report(options: argparse.Namespace) -> None:
+    Study.open(options.folder)
+
+    from duet_jax.report import write_report
+
+    print(write_report(options.folder, options.output))
+
+
+def _packaged(name: str) -> str:
+    """Says which configurations the package brings, the one that was probably meant first."""
+    folder = importlib.resources.files("duet_jax.configs")
+    found = sorted(entry.name for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    if not found:
+        return "give a YAML file."
+    meant = nearest(name, found)
+    return f"did you mean {folder / meant}?" if meant else f"{folder} holds {', '.join(found)}."
+
+
+def _is_negative(word: str) -> bool:
+    try:
+        return word.startswith("-") and float(word) <= 0
+    except ValueError:
+        return False
+
+
+def _best(trials: Sequence[Trial]) -> Trial | None:
+    told = [trial for trial in trials if trial.feedback is not None]
+    return max(told, key=lambda trial: trial.feedback["value"], default=None)  # type: ignore[index]
+
+
+def _progress(study: Study) -> str:
+    return f"{len(study.completed())} of {study.config.rounds} rounds have feedback"
+
+
+def _whole(study: Study) -> dict[str, Any]:
+    trials = study.trials()
+    best = _best(trials)
+    return {
+        "study": str(study.folder),
+        "config": dataclasses.asdict(study.config),
+        "domains": list(study.domain_names),
+        "trials": [dataclasses.asdict(trial) for trial in trials],
+        "highest": None if best is None else best.trial,
+    }
+
+
+def _strict(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become null."""
+    if isinstance(value, dict):
+        return {key: _strict(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _print_table(study: Study) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    trials = study.trials()
+    best = _best(trials)
+    table = Table(box=box.SIMPLE_HEAD)
+    for title in ("trial", *study.domain_names, "loss", "feedback", ""):
+        table.add_column(Text(title), justify="left" if title == "" else "right")
+    for trial in trials:
+        shares = [f"{trial.mixture[name]:.0%}" if trial.mixture[name] else "·" for name in study.domain_names]
+        loss = "" if trial.training is None else f"{trial.training['loss']:.3f}"
+        state = trial.stage if trial.status == "pending" else trial.error or ""
+        state = "highest so far" if trial is best else state
+        cells = [str(trial.trial), *shares, loss, _score(trial), state]
+        table.add_row(*map(Text, cells), style="bold" if trial is best else None)
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(Text(f"{study.config.name}: {_progress(study)}"))
+    if trials:
+        console.print(table)
+
+
+def _score(trial: Trial) -> str:
+    if trial.feedback is None:
+        return ""
+    stderr = trial.feedback["stderr"]
+    return f"{trial.feedback['value']:.4g}" + ("" if stderr is None else f" ± {stderr:.2g}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+"""What a person sees while a study runs: one line a finished round, and a live line for the round at work."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Mapping
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn
+
+from duet_jax.training.sft import StepReport
+from duet_jax.types import Feedback
+
+
+class Display:
+    """Progress on a terminal; without one only the finished rounds are printed, and nothing when quiet."""
+
+    def __init__(self, rounds: int, *, quiet: bool = False):
+        self.console = Console(quiet=quiet, highlight=False, soft_wrap=True)
+        self._rounds = rounds
+        self._seconds: list[float] = []
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=self.console,
+            transient=True,
+            disable=quiet or not self.console.is_terminal,
+        )
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> Display:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+
+    def say(self, line: str) -> None:
+        """Prints a line above the live one."""
+        self.console.print(line, markup=False)
+
+    def stage(self, trial: int, name: str) -> None:
+        """Begins a stage of a round, such as training."""
+        if self._task is not None:
+            self._progress.remove_task(self._task)
+        description = f"round {trial + 1}/{self._rounds} {name}"
+        self._task = self._progress.add_task(description, total=None, note=self._left(trial))
+
+    def step(self, trial: int, report: StepReport) -> None:
+        """Shows a training step."""
+        if self._task is not None:
+            note = f"loss {report.loss:.3f}  {report.tokens / max(report.seconds, 1e-9):.0f} tokens/s"
+            left = self._left(trial, report)
+            self._progress.update(
+                self._task, completed=report.step, total=report.steps, note=f"{note}  {left}".rstrip()
+            )
+
+    def round(
+        self,
+        trial: int,
+        mixture: Mapping[str, float],
+        loss: float,
+        feedback: Feedback,
+        best: tuple[int, float],
+        seconds: float,
+    ) -> None:
+        """Prints a finished round: mixture, training loss, feedback, and the best so far."""
+        self._seconds.append(seconds)
+        error = "" if feedback.stderr is None else f" ± {feedback.stderr:.2g}"
+        self.say(
+            f"round {trial + 1:>2}/{self._rounds}  {shares(mixture)}  loss {loss:.3f}  "
+            f"feedback {feedback.value:.4g}{error}  best {best[1]:.4g} (round {best[0] + 1})  {seconds:.0f} s"
+            + ("" if trial + 1 >= self._rounds else f"  {self._left(trial + 1)}")
+        )
+
+    def _left(self, trial: int, report: StepReport | None = None) -> str:
+        """Time until the last round ends, from the mean of the rounds so far and the steps of this one."""
+        remaining = self._rounds - trial
+        if self._seconds:
+            mean = sum(self._seconds) / len(self._seconds)
+            seconds = remaining * mean - (report.seconds if report else 0.0)
+        elif report is not None and report.seconds > 0:
+            one = report.seconds / report.step * report.steps
+            seconds = remaining * one - report.seconds
+        else:
+            return ""
+        return f"{datetime.timedelta(seconds=round(max(seconds, 0.0)))} left"
+
+
+def shares(mixture: Mapping[str, float]) -> str:
+    """A mixture in words, largest share first; domains without a share are left out."""
+    ordered = sorted(mixture.items(), key=lambda pair: -pair[1])
+    return " · ".join(f"{name} {share:.0%}" for name, share in ordered if share > 0)

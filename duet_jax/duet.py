@@ -1,0 +1,276 @@
+"""DUET (arXiv 2502.00270, Algorithm 1): rounds of propose, sample, train, deploy, hear and record.
+
+    search ── mixture ── sample examples ── train ── deploy ── feedback ──┐
+       └───────────────────────────── record ────────────────────────────┘
+
+Every round is a pure function of the configuration, the round's number and the feedback before it, and leaves a
+file after each stage. So a run that was killed anywhere goes on where it was, to the same end.
+
+Where we differ from the paper: the first rounds are a space-filling design that begins with the uniform mixture,
+instead of 50 random mixtures; one model is trained per mixture and all feedback is kept.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from duet_jax import job as jobs
+from duet_jax import selection
+from duet_jax.config import StudyConfig
+from duet_jax.display import Display, shares
+from duet_jax.errors import StudyError
+from duet_jax.feedback import Deployed
+from duet_jax.feedback.deployed import response_tokens
+from duet_jax.job import Job
+from duet_jax.search import Search
+from duet_jax.study import Study
+from duet_jax.training.sft import StepReport, Trained
+from duet_jax.trial import Trial
+
+MOST_FAILURES = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """The end of a run.
+
+    Attributes:
+      mixture: of the observed mixtures the one with the highest posterior mean, share by domain name; None
+        before any feedback.
+      value: that posterior mean, in units of the feedback.
+      stderr: posterior standard deviation of the noise-free value.
+      trial: the trial it was observed in.
+      waiting: trials that were trained and wait for `duet tell`.
+    """
+
+    mixture: dict[str, float] | None
+    value: float | None
+    stderr: float | None
+    trial: int | None
+    waiting: tuple[int, ...] = ()
+
+
+def run(config: StudyConfig, folder: Path, quiet: bool = False) -> Result:
+    """Runs a study to its last round, from wherever its directory stands.
+
+    With a task of kind `external` one model is trained and exported, and the run ends: the feedback comes by
+    `duet tell`, and another run trains the next one, whether or not it has come.
+
+    Raises:
+      StudyError: another run holds the directory, or it belongs to another configuration.
+      ConfigError, DataError, ModelError: before anything is trained.
+      FeedbackError: the task could not be asked; the trained model is kept, and a new run asks again.
+    """
+    study = Study.open(folder, config) if Study.exists(folder) else Study.create(folder, config)
+    with study.running(), Display(config.rounds, quiet=quiet) as display:
+        job = jobs.prepare(config, study.folder, display.say)
+        while (trial := _unfinished(study) or _next_trial(job, study)) is not None:
+            advance(job, study, trial, display)
+            if job.task is None:
+                break
+        result = best(study, job.search)
+        if result.trial is not None:
+            _forget_models(study, keep=result.trial)
+            _export_best(job, study, result.trial, display)
+            display.say(
+                f"best mixture: {shares(result.mixture or {})}, expected feedback {result.value:.4g} "
+                f"± {result.stderr:.2g} (round {result.trial + 1})"
+            )
+        for number in result.waiting:
+            display.say(
+                f"trial {number} waits for its feedback: its model is in {_export_folder(study, number)}; "
+                f"tell it with: duet tell {study.folder} {number} SCORE"
+            )
+        return result
+
+
+def ask(folder: Path) -> Trial:
+    """Opens a new trial at the search's next mixture, for somebody else to train and tell.
+
+    Mixtures of open trials are taken into account, so that several can be asked for at once.
+    """
+    study = Study.open(folder)
+    search = jobs.make_search(study.config)
+    with study.editing():
+        return _propose(study, search, study.config.budget, stage="asked")
+
+
+def best(study: Study, search: Search) -> Result:
+    """The best mixture so far, as the surrogate sees it."""
+    waiting = tuple(trial.trial for trial in study.trials() if trial.status == "pending" and trial.stage == "trained")
+    told = study.completed()
+    if not told:
+        return Result(None, None, None, None, waiting)
+    state, mixtures = _rebuild(search, study)
+    mean, stderr = search.predict(state, mixtures)
+    top = int(np.argmax(mean))
+    return Result(dict(told[top].mixture), float(mean[top]), float(stderr[top]), told[top].trial, waiting)
+
+
+def advance(job: Job, study: Study, trial: Trial, display: Display) -> None:
+    """Takes one trial from its proposal to its feedback, through whatever stages are missing."""
+    began = time.perf_counter()
+    display.stage(trial.trial, "training")
+    trial, model = train(job, study, trial, display)
+    assert trial.training is not None
+    if not math.isfinite(trial.training["loss"]):
+        study.fail(trial, "the training loss is not finite")
+        shutil.rmtree(_checkpoint_folder(study, trial.trial), ignore_errors=True)
+        display.say(f"round {trial.trial + 1} failed: the training loss is not finite")
+        return
+    if job.task is None:
+        model.export(_export_folder(study, trial.trial))
+        return
+    display.stage(trial.trial, "evaluating")
+    feedback = job.coarse(job.task(model), trial.seeds["feedback"])
+    independent = job.config.task.kind in ("python", "command")
+    study.tell(trial.trial, feedback.value, feedback.stderr, details=feedback.details, independent=independent)
+    result = best(study, job.search)
+    assert result.trial is not None and result.value is not None
+    _forget_models(study, keep=result.trial)
+    display.round(
+        trial.trial,
+        trial.mixture,
+        trial.training["loss"],
+        feedback,
+        (result.trial, result.value),
+        time.perf_counter() - began,
+    )
+
+
+def train(job: Job, study: Study, trial: Trial, display: Display) -> tuple[Trial, Deployed]:
+    """Samples the trial's examples, trains on them, or goes on from its checkpoint, and notes how it went."""
+    wanted = np.array([trial.counts[name] for name in job.names])
+    rows, repeats = job.sample(wanted, trial.seeds["sample"])
+    began = time.perf_counter()
+
+    def on_step(report: StepReport) -> None:
+        display.step(trial.trial, report)
+        study.append_metrics([{"trial": trial.trial, **dataclasses.asdict(report)}])
+
+    trained = job.trainer.fit(
+        job.data,
+        rows,
+        seed=trial.seeds["training"],
+        start_seed=job.config.seed,
+        fingerprint=job.model.fingerprint,
+        folder=_checkpoint_folder(study, trial.trial),
+        on_step=on_step,
+    )
+    model = Deployed(job.engine, *job.trainer.deployable(trained.trainable))
+    if trial.training is None:
+        notes = _notes(job, trained, model, rows, repeats, time.perf_counter() - began)
+        trial = study.update(trial, stage="trained", training=notes)
+    return trial, model
+
+
+def _notes(
+    job: Job, trained: Trained, model: Deployed, rows: np.ndarray, repeats: list[str], seconds: float
+) -> dict[str, Any]:
+    validation = {
+        name: float(-model.log_probs(held_out, job.config.training.batch_size).sum())
+        / float(response_tokens(held_out).sum())
+        for name, held_out in job.validation.items()
+    }
+    return {
+        "loss": trained.loss,
+        "steps": trained.steps,
+        "tokens": trained.tokens,
+        "seconds": seconds,
+        "repeats": repeats,
+        "truncated": sum(job.data.cut[row] for row in np.unique(rows)),
+        "validation_loss": validation,
+    }
+
+
+def _unfinished(study: Study) -> Trial | None:
+    """The first trial of ours that was not seen through: to its feedback, or to the export that others score."""
+    external = study.config.task.kind == "external"
+    for trial in study.trials():
+        exported = external and _export_folder(study, trial.trial).exists()
+        if trial.status == "pending" and (trial.stage == "proposed" or (trial.stage == "trained" and not exported)):
+            return trial
+    return None
+
+
+def _next_trial(job: Job, study: Study) -> Trial | None:
+    """A new trial, or None when the study has all its rounds."""
+    trials = study.trials()
+    failures = [trial.status == "failed" for trial in trials]
+    if len(failures) >= MOST_FAILURES and all(failures[-MOST_FAILURES:]):
+        raise StudyError(
+            f"The last {MOST_FAILURES} trials of {study.folder} failed ({trials[-1].error}); "
+            f"lower training.learning_rate or look at the task, and start a new study."
+        )
+    if len(trials) - sum(failures) >= study.config.rounds:
+        return None
+    with study.editing():
+        return _propose(study, job.search, job.config.budget, stage="proposed")
+
+
+def _propose(study: Study, search: Search, budget: int, *, stage: str) -> Trial:
+    names, trials = study.domain_names, study.trials()
+    number = len(trials)
+    state, _ = _rebuild(search, study)
+    # A failed mixture is kept like a pending one: the search should not come back to it.
+    open_ = [trial for trial in trials if trial.status != "completed"]
+    pending = np.array([[trial.mixture[name] for name in names] for trial in open_]).reshape(-1, len(names))
+    key = jax.random.fold_in(jax.random.key(study.config.seed), number)
+    mixture, diagnostics = search.ask(state, key=key, pending=pending)
+    counts = selection.counts(mixture, budget)
+    words = np.random.SeedSequence([study.config.seed, number]).generate_state(3)
+    return study.new_trial(
+        mixture={name: float(share) for name, share in zip(names, mixture, strict=True)},
+        counts={name: int(count) for name, count in zip(names, counts, strict=True)},
+        proposal={
+            "mean": diagnostics.mean,
+            "stderr": diagnostics.stderr,
+            "acquisition": diagnostics.acquisition,
+            "origin": diagnostics.origin,
+        },
+        seeds=dict(zip(("sample", "training", "feedback"), map(int, words), strict=True)),
+        stage=stage,
+    )
+
+
+def _rebuild(search: Search, study: Study) -> tuple[Any, np.ndarray]:
+    """The search's state after all feedback, and the mixtures `[n, d]` that it came for."""
+    state = search.init()
+    mixtures, values, errors = study.observations()
+    for mixture, value, error in zip(mixtures, values, errors, strict=True):
+        state = search.tell(state, mixture, float(value), error)
+    return state, mixtures
+
+
+def _checkpoint_folder(study: Study, number: int) -> Path:
+    return study.folder / "checkpoints" / f"{number:04d}"
+
+
+def _export_folder(study: Study, number: int) -> Path:
+    return study.folder / "exports" / f"{number:04d}"
+
+
+def _forget_models(study: Study, keep: int) -> None:
+    """Removes models of finished trials other than the best; any can be trained again to the same bits."""
+    for trial in study.completed():
+        shutil.rmtree(_export_folder(study, trial.trial), ignore_errors=True)
+        if trial.trial != keep:
+            shutil.rmtree(_checkpoint_folder(study, trial.trial), ignore_errors=True)
+
+
+def _export_best(job: Job, study: Study, number: int, display: Display) -> None:
+    """Writes the best trial's model as a Hugging Face folder, training it again if its checkpoint is gone."""
+    trial = study.trials()[number]
+    if trial.training is None:  # asked for and trained by somebody else
+        return
+    display.stage(number, "exporting")
+    _, model = train(job, study, trial, display)
+    model.export(study.folder / "best_model")

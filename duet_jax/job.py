@@ -1,0 +1,250 @@
+"""Everything the rounds of a study share, loaded and checked once, before any compute is spent."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from duet_jax import models
+from duet_jax.config import DomainConfig, StudyConfig, TaskConfig
+from duet_jax.data import Domain, Encoded, Example, encode, load_domains, load_examples
+from duet_jax.data.characters import CharacterTokenizer
+from duet_jax.errors import ConfigError
+from duet_jax.feedback import Coarse, CommandTask, Engine, PythonTask, Task, WeightedSum, build, load_function
+from duet_jax.models import llama
+from duet_jax.search import Search
+from duet_jax.selection import counts, load_utilities, plan, pool_size, sample
+from duet_jax.training.sft import Trainer
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Job:
+    """What a round needs.
+
+    Attributes:
+      config: the study's configuration.
+      names: of the domains, in the order of every mixture.
+      data: training examples of all domains, one after the other.
+      starts: int64 `[d + 1]`, where each domain begins in `data`.
+      utilities: for each domain float64 `[examples]`.
+      validation: held-out examples of each domain that are scored after training.
+      model: the base model.
+      trainer: compiled training.
+      engine: compiled scoring and generation.
+      task: the unseen task; None when feedback is told from outside.
+      coarse: what is done to the task's feedback before the search hears it.
+      search: the outer search.
+    """
+
+    config: StudyConfig
+    names: tuple[str, ...]
+    data: Encoded
+    starts: np.ndarray
+    utilities: tuple[np.ndarray, ...]
+    validation: dict[str, Encoded]
+    model: models.Model
+    trainer: Trainer
+    engine: Engine
+    task: Task | None
+    coarse: Coarse
+    search: Search
+
+    def counts(self, mixture: np.ndarray) -> np.ndarray:
+        """Examples of each domain for a mixture, int64 `[d]`, summing to the budget."""
+        return counts(mixture, self.config.budget)
+
+    def sample(self, wanted: np.ndarray, seed: int) -> tuple[np.ndarray, list[str]]:
+        """Rows of `data` to train on, int64 `[budget]`, and what is repeated, in words."""
+        selector = self.config.selector
+        rows, plans = [], []
+        for i, name in enumerate(self.names):
+            utilities = self.utilities[i]
+            pool = pool_size(len(utilities), rule=selector.rule, fraction=selector.fraction)
+            if wanted[i] > pool:
+                plans.append(plan(name, pool, int(wanted[i])))
+            rng = np.random.default_rng([seed, i])
+            chosen = sample(utilities, int(wanted[i]), rule=selector.rule, fraction=selector.fraction, rng=rng)
+            rows.append(self.starts[i] + chosen)
+        return np.concatenate(rows), plans
+
+
+def make_search(config: StudyConfig) -> Search:
+    """The outer search that a study's configuration describes."""
+    chosen = config.search
+    return Search(num_domains=len(config.data.domains), beta=chosen.beta, floor=chosen.floor, initial=chosen.initial)
+
+
+def prepare(config: StudyConfig, folder: Path, say: Callable[[str], None]) -> Job:
+    """Loads data and model and builds what the rounds share.
+
+    Files are read before the model is loaded, so that a mistake in them is told within seconds.
+
+    Args:
+      config: the study's configuration.
+      folder: the study's directory, for cached utilities.
+      say: is given one line of news at a time.
+
+    Raises:
+      ConfigError, DataError, ModelError: the first mistake found.
+    """
+    domains = load_domains(config.data.domains, validation_fraction=config.data.validation_fraction, seed=config.seed)
+    evaluation = _task_examples(config.task, config.seed, "task")
+    function = None if config.task.function is None else load_function(config.task.function)
+    texts = [example for _, examples in evaluation for example in examples]
+    model = _load_model(config, domains, texts)
+    dtype = jnp.dtype(config.model.dtype)
+    size = sum(x.size for x in jax.tree.leaves(model.params)) / 1e6
+    say(f"model: {model.source}, {size:.1f} M parameters, computing in {config.model.dtype}")
+    resident: llama.Params | None = model.params
+    if config.training.method == "full":
+        # Each round changes the parameters in place; the next one reads them anew rather than that two copies
+        # are kept.
+        model, resident = dataclasses.replace(model, params={}), None
+
+    def load_base() -> llama.Params:
+        return _load_model(config, domains, texts).params if resident is None else resident
+
+    chat = config.model.chat
+    if chat is None:
+        chat = model.tokenizer.chat_template is not None
+    buckets = tuple(config.data.buckets)
+    if buckets[-1] > model.config.max_length:
+        raise ConfigError(
+            f"data.max_length is {buckets[-1]}, but the model {model.source} takes at most "
+            f"{model.config.max_length} tokens; lower data.max_length and data.buckets."
+        )
+    engine = Engine(model, chat, buckets, dtype)
+    task = None
+    if config.task.kind != "external":
+        task = _build_task(config.task, engine, iter(evaluation), function)
+
+    encoded, held_out, utilities = [], {}, []
+    for spec, domain in zip(config.data.domains, domains, strict=True):
+        one = encode(domain.train, model.tokenizer, chat=chat, max_length=config.data.max_length, name=domain.name)
+        say(_describe(domain, one, config.data.max_length))
+        every = load_utilities(
+            config.selector.kind,
+            spec.name,
+            domain.train,
+            path=config.selector.path,
+            cache_folder=folder / "selections",
+        )
+        kept = set(one.ids)
+        utilities.append(every[[example.id in kept for example in domain.train]])
+        encoded.append(one)
+        scored = domain.validation[: config.data.validation_examples]
+        if scored:
+            held_out[domain.name] = encode(
+                scored,
+                model.tokenizer,
+                chat=chat,
+                max_length=config.data.max_length,
+                name=f"{domain.name} (validation)",
+            )
+    feedback = config.feedback
+    return Job(
+        config=config,
+        names=tuple(domain.name for domain in domains),
+        data=_join(encoded),
+        starts=np.concatenate([[0], np.cumsum([len(one) for one in encoded])]),
+        utilities=tuple(utilities),
+        validation=held_out,
+        model=model,
+        trainer=Trainer(
+            model=model.config,
+            load_base=load_base,
+            settings=config.training,
+            buckets=buckets,
+            pad_id=model.tokenizer.pad_id,
+            compute_dtype=dtype,
+            remat=config.model.remat,
+        ),
+        engine=engine,
+        task=task,
+        coarse=Coarse(feedback.noise, feedback.stars, feedback.low, feedback.high),
+        search=make_search(config),
+    )
+
+
+def _task_examples(config: TaskConfig, seed: int, place: str) -> list[tuple[str, list[Example]]]:
+    """Name and examples of every built-in task of a (possibly nested) task, in order."""
+    if config.kind == "sum":
+        nested = [_task_examples(part.task, seed, f"{place}.tasks[{i}].task") for i, part in enumerate(config.tasks)]
+        return [pair for part in nested for pair in part]
+    if config.source is None:
+        return []
+    spec = DomainConfig(
+        name=place,
+        source=config.source,
+        split=config.split,
+        prompt=config.prompt,
+        response=config.response,
+        messages=config.messages,
+        max_examples=config.max_examples,
+        options=config.options,
+    )
+    return [(place, load_examples(spec, seed=seed))]
+
+
+def _build_task(config: TaskConfig, engine: Engine, evaluation, function) -> Task:  # type: ignore[no-untyped-def]
+    if config.kind == "sum":
+        return WeightedSum(
+            tuple((part.weight, _build_task(part.task, engine, evaluation, None)) for part in config.tasks)
+        )
+    if config.kind == "python":
+        return PythonTask(function)
+    if config.kind == "command":
+        return CommandTask(tuple(config.command))
+    name, examples = next(evaluation)
+    return build(config, engine, examples, name)
+
+
+def _load_model(config: StudyConfig, domains: Sequence[Domain], evaluation: Sequence[Example]) -> models.Model:
+    if config.model.source is not None:
+        # Under LoRA the base is only multiplied with, in the compute dtype: it is kept in no wider one. XLA's
+        # CPU compiler widens whole stacks of bfloat16 before it slices a layer, so there float32 is smaller.
+        narrow = config.training.method == "lora" and jax.default_backend() != "cpu"
+        keep = config.model.dtype if narrow else "float32"
+        return models.load(config.model.source, dtype=jnp.dtype(keep))
+    scratch = config.model.scratch
+    assert scratch is not None
+    trained_on = [example for domain in domains for example in (*domain.train, *domain.validation)]
+    tokenizer = CharacterTokenizer.from_examples([*trained_on, *evaluation])
+    shape = llama.LlamaConfig(
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=scratch.hidden_size,
+        intermediate_size=scratch.intermediate_size,
+        num_layers=scratch.num_layers,
+        num_heads=scratch.num_heads,
+        num_kv_heads=scratch.num_kv_heads,
+        head_dim=scratch.hidden_size // scratch.num_heads,
+        max_length=config.data.max_length,
+    )
+    params = llama.init(shape, key=jax.random.key(config.seed))
+    fingerprint = models.fingerprint(shape, params)
+    return models.Model(shape, params, tokenizer, "from scratch", fingerprint)
+
+
+def _join(parts: Sequence[Encoded]) -> Encoded:
+    return Encoded(
+        tokens=tuple(tokens for part in parts for tokens in part.tokens),
+        prompt_lengths=np.concatenate([part.prompt_lengths for part in parts]),
+        ids=tuple(identifier for part in parts for identifier in part.ids),
+        cut=tuple(cut for part in parts for cut in part.cut),
+        dropped=sum(part.dropped for part in parts),
+    )
+
+
+def _describe(domain: Domain, encoded: Encoded, max_length: int) -> str:
+    line = f"{domain.name}: {len(encoded)} training and {len(domain.validation)} validation examples"
+    if encoded.truncated or encoded.dropped:
+        line += (
+            f"; at {max_length} tokens {encoded.truncated} are cut short and {encoded.dropped} left out, "
+            f"whose prompt alone is longer"
+        )
+    return line

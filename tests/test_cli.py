@@ -1,0 +1,200 @@
+"""The command line: what it prints, what it calls, and one line for every mistake."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import duet_jax
+from duet_jax import cli
+from duet_jax import config as configs
+from duet_jax.errors import ModelError
+from duet_jax.study import Study
+
+CONFIG = {
+    "name": "small",
+    "budget": 16,
+    "rounds": 4,
+    "model": {"scratch": {}},
+    "data": {"domains": [{"name": "a", "source": "a.jsonl"}, {"name": "b", "source": "b.jsonl"}]},
+    "training": {"learning_rate": 0.001},
+    "task": {"kind": "external"},
+}
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Study:
+    study = Study.create(tmp_path / "study", configs.from_dict(CONFIG))
+    for share in (0.5, 0.0):
+        mixture = {"a": share, "b": 1 - share}
+        study.new_trial(mixture=mixture, counts={"a": 8, "b": 8}, proposal=None, seeds={})
+    return study
+
+
+@pytest.fixture
+def algorithm(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """Stands in for duet_jax.duet and notes how it was called."""
+    calls: list[tuple[Any, ...]] = []
+    fake = types.ModuleType("duet_jax.duet")
+    fake.run = lambda *arguments: calls.append(arguments)  # type: ignore[attr-defined]
+    fake.ask = lambda folder: Study.open(folder).trials()[-1]  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "duet_jax.duet", fake)
+    monkeypatch.setattr(duet_jax, "duet", fake, raising=False)
+    return calls
+
+
+def config_file(folder: Path, **changes: Any) -> Path:
+    path = folder / "small.yaml"
+    path.write_text(yaml.safe_dump({**CONFIG, **changes}))
+    return path
+
+
+def fails(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    assert cli.main([str(word) for word in words]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith("duet: error: ") and captured.err.count("\n") == 1
+    return captured.err.removeprefix("duet: error: ").rstrip("\n")
+
+
+def test_run(tmp_path: Path, algorithm: list[tuple[Any, ...]]) -> None:
+    path = config_file(tmp_path)
+    assert cli.main(["run", str(path)]) == 0
+    assert algorithm[-1] == (configs.load(path), Path("studies/small"), False)
+    words = ["run", str(path), "budget=8", "--study", str(tmp_path / "s"), "seed=3", "--quiet", "rounds=2"]
+    assert cli.main(words) == 0
+    config, folder, quiet = algorithm[-1]
+    assert (config.budget, config.seed, config.rounds, folder, quiet) == (8, 3, 2, tmp_path / "s", True)
+
+
+def test_mistakes_in_a_run_are_one_line(
+    tmp_path: Path, algorithm: list[tuple[Any, ...]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = config_file(tmp_path)
+    assert fails(capsys, "run", path, "budget=0") == f"{path}: budget is 0; it must be at least 1."
+    assert "epocs is not a field" in fails(capsys, "run", path, "training.epocs=1")
+    assert fails(capsys, "run", tmp_path / "none.yaml").startswith(f"There is no file {tmp_path / 'none.yaml'}; ")
+    assert algorithm == []
+
+
+def test_a_missing_config_is_answered_with_those_of_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "quickstart.yaml").write_text("")
+    (tmp_path / "large.yaml").write_text("")
+    monkeypatch.setattr(cli.importlib.resources, "files", lambda _: tmp_path)
+    assert f"did you mean {tmp_path / 'quickstart.yaml'}?" in fails(capsys, "run", "configs/quickstart.yml")
+    assert f"{tmp_path} holds large.yaml, quickstart.yaml." in fails(capsys, "run", "mine")
+
+
+def test_interruption_and_errors_below(
+    tmp_path: Path,
+    algorithm: list[tuple[Any, ...]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = config_file(tmp_path)
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def no_model(*_: object) -> None:
+        raise ModelError("There is no model.")
+
+    monkeypatch.setattr(duet_jax.duet, "run", interrupted)
+    assert cli.main(["run", str(path)]) == 130
+    assert capsys.readouterr().err == "duet: stopped; the same command goes on from here.\n"
+    monkeypatch.setattr(duet_jax.duet, "run", no_model)
+    assert fails(capsys, "run", path) == "There is no model."
+
+
+def test_ask(study: Study, algorithm: list[tuple[Any, ...]], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["ask", str(study.folder)]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer == {"trial": 1, "mixture": {"a": 0.0, "b": 1.0}, "counts": {"a": 8, "b": 8}}
+    assert "There is no study in" in fails(capsys, "ask", study.folder / "none")
+
+
+@pytest.mark.parametrize("score", ["0.25", "-0.25", "-1e-3", "1e3", "-5"])
+def test_tell(study: Study, score: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["tell", str(study.folder), "1", score, "--stderr", "1e-2"]) == 0
+    assert "recorded, 1 of 4 rounds have feedback" in capsys.readouterr().out
+    feedback = study.trials()[1].feedback
+    assert feedback is not None and feedback["value"] == float(score) and feedback["stderr"] == 0.01
+
+
+def test_mistakes_in_telling_are_one_line(study: Study, capsys: pytest.CaptureFixture[str]) -> None:
+    study.tell(0, 0.5)
+    folder = study.folder
+    assert "has its feedback already: 0.5" in fails(capsys, "tell", folder, 0, 1)
+    assert "There is no trial 9" in fails(capsys, "tell", folder, 9, 1)
+    assert "The feedback is nan" in fails(capsys, "tell", folder, 1, "nan")
+    assert "The feedback is -inf" in fails(capsys, "tell", folder, 1, "-inf")
+    assert "standard error of the feedback is -1.0" in fails(capsys, "tell", folder, 1, 1, "--stderr", -1)
+    assert "There is no study in" in fails(capsys, "tell", folder / "none", 0, 1)
+
+
+@pytest.mark.parametrize(
+    "words", [[], ["frobnicate"], ["run"], ["tell", "d", "0", "high"], ["info", "d", "x=1"], ["run", "c", "x"]]
+)
+def test_usage_errors(words: list[str], algorithm: list[tuple[Any, ...]], capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        status = cli.main(words)
+    except SystemExit as error:
+        status = error.code
+    assert status == 2 and "error: " in capsys.readouterr().err
+
+
+def test_info(study: Study, capsys: pytest.CaptureFixture[str]) -> None:
+    study.update(0, training={"loss": math.nan})
+    study.tell(0, 0.5, 0.125)
+    study.fail(1, "[red]no power")
+    assert cli.main(["info", str(study.folder)]) == 0
+    shown = capsys.readouterr().out
+    assert "small: 1 of 4 rounds have feedback" in shown
+    assert "0.5 ± 0.12" in shown and "highest so far" in shown and "[red]no power" in shown
+    assert cli.main(["info", str(study.folder), "--json"]) == 0
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    whole = json.loads(capsys.readouterr().out, parse_constant=refuse)
+    assert whole["domains"] == ["a", "b"] and whole["highest"] == 0 and whole["config"]["budget"] == 16
+    assert [trial["status"] for trial in whole["trials"]] == ["completed", "failed"]
+    assert whole["trials"][0]["training"] == {"loss": None}
+
+
+def test_info_of_a_new_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Study.create(tmp_path / "s", configs.from_dict(CONFIG))
+    assert cli.main(["info", str(tmp_path / "s")]) == 0
+    assert capsys.readouterr().out == "small: 0 of 4 rounds have feedback\n"
+    assert cli.main(["info", str(tmp_path / "s"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["highest"] is None
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"duet {duet_jax.__version__}\n"
+
+
+def test_help_tell_and_info_start_without_jax(study: Study) -> None:
+    code = """
+import sys
+from duet_jax import cli
+try:
+    cli.main(sys.argv[1:])
+except SystemExit:
+    pass
+heavy = {"jax", "flax", "datasets", "matplotlib"} & set(sys.modules)
+sys.exit(f"imported {heavy}" if heavy else 0)
+"""
+    for words in (["--help"], ["tell", str(study.folder), "0", "1"], ["info", str(study.folder)]):
+        subprocess.run([sys.executable, "-c", code, *words], check=True, stdout=subprocess.DEVNULL)
