@@ -15,7 +15,7 @@ from typing import Any
 import gguf
 import numpy as np
 import tokenizers
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
 from duet_jax.errors import ModelError
 from duet_jax.models.llama import LlamaConfig, Params, RopeScaling, rope_frequencies
@@ -46,7 +46,9 @@ ROPE_FACTORS = "rope_freqs.weight"
 # How a vocabulary of byte-level BPE splits text before merging.
 _LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-CONTROL, USER_DEFINED = 3, 4
+# What a file says a token is. An unknown token is no text either.
+UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
+LLAMA3_SPLITS = ("llama-bpe", "llama3", "llama-v3")
 
 
 def read(path: Path, *, dtype: Any) -> tuple[LlamaConfig, Params, Tokenizer]:
@@ -109,14 +111,20 @@ def _config(field: Callable[..., Any], tensors: dict[str, Any], path: Path) -> L
         rope = RopeScaling("linear", float(of_kind("rope.scaling.factor")))
     if NAMES["embedding"] not in tensors:
         raise ModelError(f"{path} lacks the tensor {NAMES['embedding']}.")
+    head_dim = int(of_kind("attention.key_length", size // heads))
+    if int(of_kind("rope.dimension_count", head_dim)) != head_dim:
+        raise ModelError(f"{path}: rotary embedding of part of a head is not supported.")
+    kv_heads = of_kind("attention.head_count_kv", heads)
+    if not isinstance(kv_heads, int) or kv_heads < 1 or heads % kv_heads:
+        raise ModelError(f"{path}: {heads} attention heads must be a multiple of its {kv_heads} key-value heads.")
     config = LlamaConfig(
         vocab_size=int(tensors[NAMES["embedding"]].shape[1]),
         hidden_size=size,
         intermediate_size=int(of_kind("feed_forward_length")),
         num_layers=int(of_kind("block_count")),
         num_heads=heads,
-        num_kv_heads=int(of_kind("attention.head_count_kv", heads)),
-        head_dim=int(of_kind("attention.key_length", size // heads)),
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
         rms_norm_eps=_shortest(of_kind("attention.layer_norm_rms_epsilon")),
         rope_theta=_shortest(of_kind("rope.freq_base", 10000.0)),
         rope_scaling=rope,
@@ -160,9 +168,9 @@ def _tokenizer(field: Callable[..., Any], path: Path) -> Tokenizer:
     backend = _bpe(field, tokens, path) if kind == "gpt2" else _sentencepiece(field, tokens)
     types = field("tokenizer.ggml.token_type", [1] * len(tokens))
     added = [
-        AddedToken(token, special=type_ == CONTROL, normalized=False)
+        AddedToken(token, special=type_ != USER_DEFINED, normalized=False)
         for token, type_ in zip(tokens, types, strict=True)
-        if type_ in (CONTROL, USER_DEFINED)
+        if type_ in (UNKNOWN, CONTROL, USER_DEFINED)
     ]
     backend.add_special_tokens([token for token in added if token.special])
     backend.add_tokens([token for token in added if not token.special])
@@ -170,13 +178,22 @@ def _tokenizer(field: Callable[..., Any], path: Path) -> Tokenizer:
     eos_ids = tuple(dict.fromkeys(int(end) for end in ends if end is not None))
     bos_id = field("tokenizer.ggml.bos_token_id")
     pad_id = field("tokenizer.ggml.padding_token_id")
+    # Files may leave the flag out; these two kinds were trained with BOS.
+    wants_bos = kind == "llama" or field("tokenizer.ggml.pre") in LLAMA3_SPLITS
+    add_bos = bos_id is not None and bool(field("tokenizer.ggml.add_bos_token", wants_bos))
+    if add_bos:
+        # For other tools that read this tokenizer once it is saved; ours ask `add_bos`.
+        bos = tokens[bos_id]
+        backend.post_processor = processors.TemplateProcessing(
+            single=[bos, "$A"], pair=[bos, "$A", f"{bos}:1", "$B:1"], special_tokens=[(bos, bos_id)]
+        )
     return Tokenizer(
         backend=backend,
         bos_id=bos_id,
         eos_ids=eos_ids,
         pad_id=next(iter(eos_ids), 0) if pad_id is None else int(pad_id),
         chat_template=field("tokenizer.chat_template"),
-        add_bos=bos_id is not None and bool(field("tokenizer.ggml.add_bos_token", kind == "llama")),
+        add_bos=add_bos,
     )
 
 
@@ -185,7 +202,7 @@ def _bpe(field: Callable[..., Any], tokens: list[str], path: Path) -> tokenizers
     merges = [tuple(merge.split(" ", 1)) for merge in field("tokenizer.ggml.merges", [])]
     split = field("tokenizer.ggml.pre", "default")
     vocabulary = {token: i for i, token in enumerate(tokens)}
-    llama3 = split in ("llama-bpe", "llama3", "llama-v3")
+    llama3 = split in LLAMA3_SPLITS
     backend = tokenizers.Tokenizer(models.BPE(vocabulary, merges, ignore_merges=llama3))
     whole = functools.partial(pre_tokenizers.ByteLevel, add_prefix_space=False)
     if split in ("default", "gpt-2"):

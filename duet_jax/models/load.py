@@ -56,7 +56,7 @@ def load(source: str | Path, *, dtype: Any = jnp.float32) -> Model:
     if name.startswith(PACKAGE):
         return _load_path(_in_package(name.removeprefix(PACKAGE)), name, dtype)
     path = Path(name).expanduser()
-    if path.exists():
+    if name and path.exists():
         return _load_path(path, name, dtype)
     if name.endswith(".gguf") or name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise ModelError(
@@ -68,9 +68,13 @@ def load(source: str | Path, *, dtype: Any = jnp.float32) -> Model:
 def save(model: Model, folder: str | Path) -> None:
     """Writes a Hugging Face folder (config.json, model.safetensors, tokenizer files), whole or not at all.
 
-    A model that is already there is replaced.
+    A model that is already there is replaced; anything else is left alone.
+
+    Raises:
+      ModelError: `folder` is a file, or holds something that is no model.
     """
-    target = Path(folder)
+    target = Path(folder).resolve()
+    _check_replaceable(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
     try:
@@ -83,11 +87,27 @@ def save(model: Model, folder: str | Path) -> None:
         weights.write_folder(model.config, model.params, beside, token_ids=ids)
         tokenizer.save(beside)
         beside.chmod(0o755)
-        if target.exists():
-            shutil.rmtree(target)
-        beside.rename(target)
+        _move_into_place(beside, target)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def _check_replaceable(target: Path) -> None:
+    if not target.exists() or (target.is_dir() and (target / "config.json").is_file()):
+        return
+    if not target.is_dir() or any(target.iterdir()):
+        raise ModelError(f"{target} is there already and is no model folder; save the model under another name.")
+
+
+def _move_into_place(new: Path, target: Path) -> None:
+    if not target.exists():
+        new.rename(target)
+        return
+    # The old model is deleted only when the new one has its name: killed in between, neither is lost.
+    old = new.with_name(f"{new.name}.old")
+    target.rename(old)
+    new.rename(target)
+    shutil.rmtree(old)
 
 
 def fingerprint(config: LlamaConfig, params: Params) -> str:
@@ -125,7 +145,7 @@ def _in_package(name: str) -> Path:
     """The one model among the files of an installed package. The package is not imported."""
     try:
         distribution = importlib.metadata.distribution(name)
-    except importlib.metadata.PackageNotFoundError:
+    except (importlib.metadata.PackageNotFoundError, ValueError):  # ValueError: no name at all
         raise ModelError(f"The package {name} is not installed; install it with: pip install {name}") from None
     files = [Path(str(distribution.locate_file(file))) for file in distribution.files or ()]
     found = sorted(file for file in files if file.suffix == ".gguf")
@@ -139,9 +159,11 @@ def _in_package(name: str) -> Path:
 def _from_hub(name: str) -> Path:
     import huggingface_hub
 
-    wanted = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja"]
+    wanted = ["*.safetensors", "*.json", "*.jinja"]
+    # Some repositories hold the weights twice, the second time in their makers' own layout.
+    twice = ["consolidated*", "original/*"]
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted, ignore_patterns=twice))
     # Offline, unknown and private names fail with exceptions of several libraries.
     except Exception as error:
         reason = (str(error).strip().splitlines() or ["no reason given"])[0]

@@ -97,7 +97,8 @@ class Tokenizer:
                 eos_token=self._spelling(self.eos_ids[0] if self.eos_ids else None),
                 pad_token=self._spelling(self.pad_id),
             )
-        except (jinja2.TemplateError, TypeError) as error:
+        # A template is a program of strangers: besides its own refusals, any arithmetic or look-up can fail.
+        except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise ModelError(f"The chat template cannot render these messages: {error}") from error
 
     def _spelling(self, token_id: int | None) -> str:

@@ -151,7 +151,10 @@ def read_folder(folder: Path, *, dtype: Any) -> tuple[LlamaConfig, Params]:
 
 def _open_safetensors(folder: Path) -> Tensors:
     """All tensors of `model.safetensors` or of the shards in `model.safetensors.index.json`."""
-    index = read_json(folder / "model.safetensors.index.json").get("weight_map", {})
+    index_path = folder / "model.safetensors.index.json"
+    index = read_json(index_path).get("weight_map", {})
+    if not isinstance(index, dict) or not all(isinstance(shard, str) for shard in index.values()):
+        raise ModelError(f"{index_path}: weight_map must give the file of each tensor.")
     paths = sorted({folder / Path(shard).name for shard in index.values()})
     if not paths:
         paths = [folder / "model.safetensors"]
@@ -164,7 +167,7 @@ def _open_safetensors(folder: Path) -> Tensors:
             )
         try:
             file = safe_open(str(path), framework="numpy")
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise ModelError(f"{path} is not a readable safetensors file: {error}") from error
         files.append(file)
         where.update({name: file for name in file.keys()})  # noqa: SIM118 (not a mapping)
@@ -189,11 +192,13 @@ def parse_config(raw: Mapping[str, Any], *, source: str = "config.json") -> Llam
     def size(key: str, default: int | None = None) -> int:
         value = raw.get(key)
         value = default if value is None else value
-        if not isinstance(value, int) or value < 1:
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ModelError(f"{source}: {key} must be a positive integer, not {value!r}.")
         return value
 
-    heads = size("num_attention_heads")
+    heads, kv_heads = size("num_attention_heads"), size("num_key_value_heads", raw.get("num_attention_heads"))
+    if heads % kv_heads:
+        raise ModelError(f"{source}: num_attention_heads={heads} must be a multiple of num_key_value_heads={kv_heads}.")
     theta, scaling = _rope(raw, source)
     return LlamaConfig(
         vocab_size=size("vocab_size"),
@@ -201,9 +206,9 @@ def parse_config(raw: Mapping[str, Any], *, source: str = "config.json") -> Llam
         intermediate_size=size("intermediate_size"),
         num_layers=size("num_hidden_layers"),
         num_heads=heads,
-        num_kv_heads=size("num_key_value_heads", heads),
+        num_kv_heads=kv_heads,
         head_dim=size("head_dim", 128 if kind == "qwen3" else size("hidden_size") // heads),
-        rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+        rms_norm_eps=_positive(raw, "rms_norm_eps", 1e-6, source),
         rope_theta=theta,
         rope_scaling=scaling,
         qkv_bias=kind == "qwen2" or bool(raw.get("attention_bias", False)),
@@ -212,6 +217,13 @@ def parse_config(raw: Mapping[str, Any], *, source: str = "config.json") -> Llam
         max_length=size("max_position_embeddings", 2048),
         sliding_window=_sliding_window(raw, source),
     )
+
+
+def _positive(raw: Mapping[str, Any], key: str, default: float, source: str) -> float:
+    value = default if raw.get(key) is None else raw[key]
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
+        raise ModelError(f"{source}: {key} must be a positive number, not {value!r}.")
+    return float(value)
 
 
 def _refuse_variants(raw: Mapping[str, Any], source: str) -> None:
@@ -229,8 +241,11 @@ def _refuse_variants(raw: Mapping[str, Any], source: str) -> None:
 
 def _rope(raw: Mapping[str, Any], source: str) -> tuple[float, RopeScaling | None]:
     """Base and scaling of the rotary embedding, from old (`rope_scaling`) and new (`rope_parameters`) files."""
-    rope = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
-    theta = float(rope.get("rope_theta") or raw.get("rope_theta") or 10000.0)
+    fields = [raw.get(key) or {} for key in ("rope_scaling", "rope_parameters")]
+    if not all(isinstance(field, Mapping) for field in fields):
+        raise ModelError(f"{source}: rope_scaling must be an object or absent, not {raw.get('rope_scaling')!r}.")
+    rope = {**fields[0], **fields[1]}
+    theta = _positive(rope, "rope_theta", _positive(raw, "rope_theta", 10000.0, source), source)
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ROPE_TYPES or rope.get("partial_rotary_factor", 1) != 1:
         raise ModelError(
@@ -239,24 +254,24 @@ def _rope(raw: Mapping[str, Any], source: str) -> tuple[float, RopeScaling | Non
         )
     if kind == "default":
         return theta, None
-    try:
-        if kind == "linear":
-            return theta, RopeScaling("linear", float(rope["factor"]))
-        return theta, RopeScaling(
-            "llama3",
-            float(rope["factor"]),
-            float(rope["low_freq_factor"]),
-            float(rope["high_freq_factor"]),
-            int(rope["original_max_position_embeddings"]),
-        )
-    except KeyError as error:
-        raise ModelError(f"{source}: RoPE type {kind!r} needs the field {error}.") from error
+    names = ["factor"]
+    if kind == "llama3":
+        names += ["low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
+    for name in names:
+        if rope.get(name) is None:
+            raise ModelError(f"{source}: RoPE type {kind!r} needs the field {name!r}.")
+    factor, *rule = (_positive(rope, name, 1.0, source) for name in names)
+    if kind == "linear":
+        return theta, RopeScaling("linear", factor)
+    return theta, RopeScaling("llama3", factor, rule[0], rule[1], int(rule[2]))
 
 
 def _sliding_window(raw: Mapping[str, Any], source: str) -> int | None:
-    kind = raw["model_type"]
+    kind, window = raw["model_type"], raw.get("sliding_window")
     if kind == "llama":
         return None
+    if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 1):
+        raise ModelError(f"{source}: sliding_window must be a positive integer or null, not {window!r}.")
     if kind == "mistral":
         return raw.get("sliding_window", 4096)
     if not raw.get("use_sliding_window", False) or raw.get("sliding_window") is None:
