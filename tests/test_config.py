@@ -33,7 +33,7 @@ def test_defaults() -> None:
     assert config.data.buckets == (64, 128, 256)
     assert config.task.split == "test" and config.data.domains[0].split == "train"
     assert config.training.lora.targets == ("q", "k", "v", "o", "gate", "up", "down")
-    assert config.model.remat == "attention" and config.selector.kind == "random"
+    assert config.model.remat == "full" and config.selector.kind == "random"
 
 
 @pytest.mark.parametrize(
