@@ -47,13 +47,15 @@ class MixingLaw:
     def optimum(self, tolerance: float = 1e-6) -> float:
         """The largest value, to `tolerance`: exponentiated gradient until the Frank-Wolfe gap certifies it."""
         size = self.helps.shape[1]
-        mixture = np.full(size, 1 / size)
+        mixture, rate = np.full(size, 1 / size), 1.0
         for _ in range(20_000):
             slope = self.helps.T @ (self.weights * np.exp(-self.helps @ mixture))
             if slope.max() - slope @ mixture <= tolerance:
                 return self(mixture)
-            mixture = mixture * np.exp(slope / slope.max())
-            mixture /= mixture.sum()
+            moved = mixture * np.exp(rate * (slope - slope.max()))
+            moved /= moved.sum()
+            better = self(moved) > self(mixture)
+            mixture, rate = (moved, 1.3 * rate) if better else (mixture, 0.4 * rate)
         raise RuntimeError(f"The optimum was not found to {tolerance}.")
 
 

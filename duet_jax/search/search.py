@@ -7,7 +7,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +16,10 @@ from jax import Array
 
 from duet_jax.errors import FeedbackError
 from duet_jax.search import acquisition, simplex
-from duet_jax.search.surrogate import Observations, condition, fit, moments
+from duet_jax.search.surrogate import Observations, Posterior, condition, fit, moments
 
-QUERIES = 64
-PENDING = 8
+# Rows of the buffers of queries and (at first) of pending mixtures, and the number of random candidates.
+QUERIES, PENDING, RANDOM = 64, 8, 512
 
 
 class Diagnostics(NamedTuple):
@@ -59,7 +59,7 @@ class Search:
       num_domains: d, at least 2.
       capacity: rows of the first buffer; it doubles when full, and the step is compiled anew.
       beta: standard deviations that the acquisition adds to the mean.
-      floor: proposed shares below it are set to 0 and the rest renormalised; less than 1 / d.
+      floor: proposed shares below it are set to 0 and the rest renormalised; at most 1 / d.
       initial: size of the space-filling design.
     """
 
@@ -115,8 +115,10 @@ class Search:
           key: a typed PRNG key; the same key proposes the same mixture.
           pending: `[p, d]` mixtures whose feedback has not come; the proposal keeps away from them.
         """
+        nothing = (np.zeros(self.num_domains), 0.0, 0.0, False)
         with _host():
-            return self._finish(*_ask(self, state, *self._pending(pending), _local(key)))
+            _, *proposal = _step(self, state, nothing, *self._pending(pending), _local(key))
+            return self._finish(*proposal)
 
     def step(
         self,
@@ -150,21 +152,31 @@ class Search:
 
     def predict(self, state: Observations, mixtures: object) -> tuple[np.ndarray, np.ndarray]:
         """Posterior mean and standard deviation of the noise-free value, each float64 `[n]`, for `[n, d]` mixtures."""
-        rows = [simplex.check_mixture(row, self.num_domains) for row in np.atleast_2d(np.asarray(mixtures))]
+        rows = self._rows(mixtures)
         count = len(rows)
         padded = np.full((-(-count // QUERIES) * QUERIES, self.num_domains), 1 / self.num_domains)
         padded[:count] = rows
+        mean, stderr = np.empty(len(padded)), np.empty(len(padded))
         with _host():
-            mean, deviation = _predict(state, jnp.asarray(padded))
-            return np.asarray(mean)[:count], np.asarray(deviation)[:count]
+            posterior = _fitted(state)
+            for at in range(0, len(padded), QUERIES):
+                part = slice(at, at + QUERIES)
+                mean[part], stderr[part] = _expect(posterior, jnp.asarray(padded[part]))
+        return mean[:count], stderr[:count]
 
-    def _row(self, mixture: object, value: float, stderr: float | None) -> tuple[np.ndarray, float, float]:
+    def _row(self, mixture: object, value: float, stderr: float | None) -> tuple[np.ndarray, float, float, bool]:
         shares = simplex.check_mixture(mixture, self.num_domains)
-        if not math.isfinite(value):
-            raise FeedbackError(f"The feedback is {value}; it must be a finite number, higher is better.")
-        if stderr is not None and not (math.isfinite(stderr) and stderr >= 0):
-            raise FeedbackError(f"The standard error is {stderr}; it must be finite and not negative.")
-        return shares, float(value), float(stderr or 0.0)
+        if not _is_finite(value):
+            raise FeedbackError(f"The feedback is {value!r}; it must be a finite number, higher is better.")
+        if stderr is not None and not (_is_finite(stderr) and stderr >= 0):
+            raise FeedbackError(f"The standard error is {stderr!r}; it must be finite and not negative.")
+        return shares, float(value), float(stderr or 0.0), True
+
+    def _rows(self, mixtures: object) -> np.ndarray:
+        # As objects, so that rows of different lengths come as far as the check of each.
+        rows = np.atleast_1d(np.asarray(mixtures, object))
+        checked = [simplex.check_mixture(row, self.num_domains) for row in rows]
+        return np.reshape(checked, (len(checked), self.num_domains))
 
     def _room(self, state: Observations) -> Observations:
         """The same observations in buffers with at least one free row."""
@@ -173,32 +185,36 @@ class Search:
         grown = [np.concatenate([np.asarray(x), np.zeros_like(np.asarray(x))]) for x in state]
         return Observations(*map(jnp.asarray, grown))
 
-    def _pending(self, pending: object) -> tuple[Array, Array]:
-        rows = [] if pending is None else list(np.asarray(pending, np.float64))
-        room = -(-max(len(rows), 1) // PENDING) * PENDING
+    def _pending(self, pending: object) -> tuple[np.ndarray, np.ndarray]:
+        """Pending mixtures in a buffer that doubles when full, and which of its rows are in use."""
+        rows = self._rows([] if pending is None else pending)
+        room = PENDING
+        while room < len(rows):
+            room *= 2
         padded = np.zeros((room, self.num_domains))
-        for i, row in enumerate(rows):
-            padded[i] = simplex.check_mixture(row, self.num_domains)
-        return jnp.asarray(padded), jnp.asarray(np.arange(room) < len(rows))
+        padded[: len(rows)] = rows
+        return padded, np.arange(room) < len(rows)
 
-    def _finish(self, mixture: Array, numbers: Array) -> tuple[np.ndarray, Diagnostics]:
-        shares = np.asarray(mixture, np.float64)
-        mean, stderr, bound, noise, lengthscale, amplitude, initial = np.asarray(numbers).tolist()
+    def _finish(self, mixture: Array, summary: Array) -> tuple[np.ndarray, Diagnostics]:
+        mean, stderr, bound, noise, lengthscale, amplitude, initial = np.asarray(summary).tolist()
         origin = "initial" if initial else "ucb"
-        return shares / shares.sum(), Diagnostics(mean, stderr, bound, noise, lengthscale, amplitude, origin)
+        diagnostics = Diagnostics(mean, stderr, bound, noise, lengthscale, amplitude, origin)
+        return simplex.renormalise(np.asarray(mixture, np.float64)), diagnostics
 
-    def _proposal(self, state: Observations, pending: Array, pending_mask: Array, key: Array) -> tuple[Array, Array]:
+    def _propose(self, state: Observations, pending: Array, pending_mask: Array, key: Array) -> tuple[Array, Array]:
+        key_draws, key_maximise = jax.random.split(key)
         hyperparameters = fit(state)
         posterior = condition(hyperparameters, state, pending, pending_mask)
+        draws = simplex.draws(key_draws, RANDOM, self.num_domains)
         mixture, initial = jax.lax.cond(
             jnp.sum(state.mask) + jnp.sum(pending_mask) < self.initial,
-            lambda: (self._design(posterior.points, key), 1.0),
-            lambda: (acquisition.maximise(posterior, self.beta, self.floor, key=key), 0.0),
+            lambda: (self._design(posterior.points, draws), 1.0),
+            lambda: (acquisition.maximise(posterior, draws, self.beta, self.floor, key=key_maximise), 0.0),
         )
         mean, deviation = moments(posterior, simplex.hellinger(mixture)[None])
         mean, deviation = mean[0], deviation[0]
         spread = posterior.spread
-        numbers = jnp.stack(
+        summary = jnp.stack(
             [
                 posterior.centre + spread * mean,
                 spread * deviation,
@@ -209,23 +225,29 @@ class Search:
                 initial,
             ]
         )
-        return mixture, numbers
+        return mixture, summary
 
-    def _design(self, points: tuple[Array, Array], key: Array) -> Array:
+    def _design(self, points: tuple[Array, Array], draws: Array) -> Array:
         """The uniform mixture first, then the random mixture farthest from all there are."""
         taken, mask = points
         uniform = jnp.full(self.num_domains, 1 / self.num_domains)
-        draws = simplex.draws(key, acquisition.RANDOM, self.num_domains)
         candidates = simplex.apply_floor(draws, self.floor)
         apart = jnp.linalg.norm(simplex.hellinger(candidates)[:, None] - taken[None], axis=-1)
         nearest = jnp.min(jnp.where(mask[None] > 0, apart, jnp.inf), axis=1)
         return jnp.where(jnp.any(mask > 0), candidates[jnp.argmax(nearest)], uniform)
 
 
+def _is_finite(number: Any) -> bool:
+    try:
+        return math.isfinite(number)
+    except (TypeError, OverflowError):
+        return False
+
+
 @contextlib.contextmanager
 def _host() -> Iterator[None]:
-    """float64 on the host CPU, for the calls inside and nothing else."""
-    with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
+    """float64 on the CPU of this process, for the calls inside and nothing else."""
+    with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
         yield
 
 
@@ -235,36 +257,33 @@ def _local(key: Array) -> Array:
     return jax.random.wrap_key_data(jnp.asarray(np.asarray(jax.random.key_data(key))), impl=implementation)
 
 
-# Compiled once for all equal searches: a search is a static argument.
-
-
-@partial(jax.jit, static_argnums=0)
-def _ask(search: Search, state: Observations, pending: Array, mask: Array, key: Array) -> tuple[Array, Array]:
-    return search._proposal(state, pending, mask, key)
-
-
+# Compiled once for all equal searches: a search is a static argument. A row whose last entry is False leaves the
+# observations as they are, so that asking and stepping are one program.
 @partial(jax.jit, static_argnums=0)
 def _step(
-    search: Search, state: Observations, row: tuple, pending: Array, mask: Array, key: Array
+    search: Search, state: Observations, row: tuple, pending: Array, pending_mask: Array, key: Array
 ) -> tuple[Observations, Array, Array]:
     state = _insert(state, *row)
-    return state, *search._proposal(state, pending, mask, key)
+    return state, *search._propose(state, pending, pending_mask, key)
 
 
 @jax.jit
-def _predict(state: Observations, mixtures: Array) -> tuple[Array, Array]:
-    nothing = jnp.zeros((0, mixtures.shape[1])), jnp.zeros(0, bool)
-    posterior = condition(fit(state), state, *nothing)
+def _fitted(state: Observations) -> Posterior:
+    nothing = jnp.zeros((0, state.mixtures.shape[1])), jnp.zeros(0, bool)
+    return condition(fit(state), state, *nothing)
+
+
+@jax.jit
+def _expect(posterior: Posterior, mixtures: Array) -> tuple[Array, Array]:
     mean, deviation = moments(posterior, simplex.hellinger(mixtures))
     return posterior.centre + posterior.spread * mean, posterior.spread * deviation
 
 
-def _insert(state: Observations, mixture: Array, value: Array, stderr: Array) -> Observations:
+def _insert(state: Observations, mixture: Array, value: Array, stderr: Array, present: Array) -> Observations:
     at = jnp.sum(state.mask)
-    new = (mixture, value, stderr, True)
-    return Observations(*(old.at[at].set(x) for old, x in zip(state, new, strict=True)))
+    new = (mixture, value, stderr, present)
+    # There is no free row in a full buffer when nothing is inserted; "drop" then writes nothing.
+    return Observations(*(old.at[at].set(x, mode="drop") for old, x in zip(state, new, strict=True)))
 
 
-@jax.jit
-def _append(state: Observations, mixture: Array, value: Array, stderr: Array) -> Observations:
-    return _insert(state, mixture, value, stderr)
+_append = jax.jit(_insert)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,15 +30,15 @@ def hellinger(mixture: Array) -> Array:
 
 
 def draws(key: Array, count: int, size: int) -> Array:
-    """Random mixtures `[count, size]`: half uniform on the simplex, half with few large shares."""
-    even, sparse = jax.random.split(key)
-    half = count // 2
-    return jnp.concatenate(
-        [
-            jax.random.dirichlet(even, jnp.ones(size), (count - half,)),
-            jax.random.dirichlet(sparse, jnp.full(size, 0.3), (half,)),
-        ]
-    )
+    """Random mixtures `[count, size]`: half uniform on the simplex, half uniform on random faces of it."""
+    # One draw for all: each call of a generator costs compile time.
+    numbers = jax.random.uniform(key, (count, 2 * size + 1))
+    shares = -jnp.log1p(-numbers[:, :size])
+    # Of a domain's chance to be in a face all values are equally likely, so that faces of all sizes come up.
+    chance = numbers[:, -1:].at[: count - count // 2].set(1.0)
+    face = numbers[:, size:-1] < chance
+    shares = jnp.where(face | ~jnp.any(face, axis=1, keepdims=True), shares, 0.0)
+    return shares / jnp.sum(shares, axis=1, keepdims=True)
 
 
 def landmarks(size: int) -> np.ndarray:
@@ -49,13 +51,30 @@ def landmarks(size: int) -> np.ndarray:
     return np.concatenate(points)
 
 
+def renormalise(shares: np.ndarray) -> np.ndarray:
+    """Shares that are not negative, divided by their sum, so that their exact sum rounds to 1.
+
+    What it returned once, it returns unchanged.
+    """
+    if math.fsum(shares) == 1.0:
+        return shares
+    shares = shares / math.fsum(shares)
+    # What is missing, without rounding, goes to the largest share.
+    shares[np.argmax(shares)] -= math.fsum([*shares, -1.0])
+    return shares
+
+
 def check_mixture(mixture: object, size: int) -> np.ndarray:
-    """A mixture as float64 `[size]` that sums to 1 exactly as far as float64 can.
+    """A mixture as float64 `[size]` that sums to 1 exactly.
 
     Raises:
-      ValueError: it has another length, a share that is negative or not finite, or another sum than 1 (to 1e-6).
+      ValueError: it has another length, a share that is no number, negative or not finite, or another sum than 1
+        (to 1e-6).
     """
-    shares = np.asarray(mixture, np.float64)
+    try:
+        shares = np.asarray(mixture, np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"The mixture {mixture!r} must be one number for each of {size} domains.") from error
     if shares.shape != (size,):
         raise ValueError(
             f"The mixture has shape {list(shares.shape)}; it must have one share for each of {size} domains."
@@ -64,4 +83,4 @@ def check_mixture(mixture: object, size: int) -> np.ndarray:
         raise ValueError(f"The mixture {shares.tolist()} has a share that is negative or not finite.")
     if abs(shares.sum() - 1) > 1e-6:
         raise ValueError(f"The mixture {shares.tolist()} sums to {shares.sum():.8g}; it must sum to 1.")
-    return shares / shares.sum()
+    return renormalise(shares)

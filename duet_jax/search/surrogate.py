@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
 import tinygp
 from jax import Array
 
+from duet_jax.search.factor import inverse_factor, log_density
 from duet_jax.search.simplex import hellinger
 
 # Normal priors of the logarithms of lengthscale, signal variance and noise variance: mean and standard deviation.
@@ -74,7 +74,7 @@ class Posterior(NamedTuple):
 class Masked(tinygp.kernels.Kernel):
     """A kernel on pairs of a point and a mask, 0 or 1; it is 0 wherever a mask is."""
 
-    inner: tinygp.kernels.Kernel = eqx.field()
+    inner: tinygp.kernels.Kernel
 
     def evaluate(self, X1: tuple[Array, Array], X2: tuple[Array, Array]) -> Array:
         return X1[1] * X2[1] * self.inner.evaluate(X1[0], X2[0])
@@ -88,14 +88,22 @@ def make_kernel(hyperparameters: Hyperparameters) -> Masked:
 
 
 def standardise(observations: Observations) -> tuple[Array, Array, Array]:
-    """Feedback with mean 0 and variance 1 (0 in masked rows), the mean and the standard deviation."""
+    """Feedback with mean 0 and variance 1 (0 in masked rows), the mean and the standard deviation.
+
+    Feedback that differs by rounding alone counts as equal; the standard deviation is then reported as 1.
+    """
     mask = observations.mask
     count = jnp.maximum(jnp.sum(mask), 1)
     centre = jnp.sum(jnp.where(mask, observations.values, 0.0)) / count
     deviation = jnp.where(mask, observations.values - centre, 0.0)
-    variance = jnp.sum(deviation**2) / jnp.maximum(count - 1, 1)
-    spread = jnp.where(variance > 0, jnp.sqrt(jnp.where(variance > 0, variance, 1.0)), 1.0)
-    return deviation / spread, centre, spread
+    # Divided by the largest first, so that squares neither overflow nor vanish.
+    largest = jnp.max(jnp.abs(deviation))
+    differs = largest > 1e-12 * jnp.max(jnp.where(mask, jnp.abs(observations.values), 0.0))
+    largest = jnp.where(differs, largest, 1.0)
+    scaled = jnp.where(differs, deviation / largest, 0.0)
+    variance = jnp.sum(scaled**2) / jnp.maximum(count - 1, 1)
+    spread = jnp.where(differs, largest * jnp.sqrt(jnp.where(differs, variance, 1.0)), 1.0)
+    return jnp.where(differs, deviation / spread, 0.0), centre, spread
 
 
 def _diagonal(observations: Observations, spread: Array, hyperparameters: Hyperparameters) -> Array:
@@ -108,44 +116,41 @@ def _points(mixtures: Array, mask: Array) -> tuple[Array, Array]:
 
 
 def log_posterior(hyperparameters: Hyperparameters, observations: Observations) -> Array:
-    """Log marginal likelihood of the standardised feedback plus log prior, up to constants."""
+    """Log marginal likelihood of the standardised feedback plus log prior, up to constants.
+
+    A masked row adds 0: its block of the covariance is the identity and its value is 0.
+    """
     values, _, spread = standardise(observations)
-    process = tinygp.GaussianProcess(
-        make_kernel(hyperparameters),
-        _points(observations.mixtures, observations.mask),
-        diag=_diagonal(observations, spread, hyperparameters),
-    )
+    points = _points(observations.mixtures, observations.mask)
+    covariance = make_kernel(hyperparameters)(points, points)
+    covariance = covariance + jnp.diag(_diagonal(observations, spread, hyperparameters))
     prior = sum(
         -0.5 * ((value - mean) / scale) ** 2
         for value, mean, scale in zip(hyperparameters, PRIOR_MEAN, PRIOR_SCALE, strict=True)
     )
-    return process.log_probability(values) + prior
+    return log_density(covariance, values) + prior
 
 
 def fit(observations: Observations) -> Hyperparameters:
     """Maximum a posteriori hyperparameters: Adam from a few starts, the best point of all visited."""
-    objective = jax.value_and_grad(lambda h: -log_posterior(h, observations))
+    objective = jax.value_and_grad(lambda point: -log_posterior(Hyperparameters(*point), observations))
     optimiser = optax.adam(optax.cosine_decay_schedule(RATE, STEPS))
 
     def climb(start: Array) -> tuple[Array, Array]:
-        first = Hyperparameters(*(jnp.asarray(m) + s for m, s in zip(PRIOR_MEAN, start, strict=True)))
-
         def step(carry: tuple, _: None) -> tuple[tuple, None]:
             point, moments, best, lowest = carry
             value, gradient = objective(point)
             better = value < lowest
-            best = jax.tree.map(lambda new, old: jnp.where(better, new, old), point, best)
-            lowest = jnp.where(better, value, lowest)
-            gradient = jax.tree.map(jnp.nan_to_num, gradient)
-            update, moments = optimiser.update(gradient, moments)
+            best, lowest = jnp.where(better, point, best), jnp.where(better, value, lowest)
+            update, moments = optimiser.update(jnp.nan_to_num(gradient), moments)
             return (optax.apply_updates(point, update), moments, best, lowest), None
 
-        carry = (first, optimiser.init(first), first, jnp.asarray(jnp.inf))
+        carry = (start, optimiser.init(start), start, jnp.asarray(jnp.inf))
         (_, _, best, lowest), _ = jax.lax.scan(step, carry, None, length=STEPS)
-        return jnp.stack(best), lowest
+        return best, lowest
 
     # One start after another: on the CPU a batch of small factorisations is slower than their sum.
-    points, values = jax.lax.map(climb, jnp.asarray(STARTS))
+    points, values = jax.lax.map(climb, jnp.asarray(PRIOR_MEAN) + jnp.asarray(STARTS))
     return Hyperparameters(*points[jnp.argmin(values)])
 
 
@@ -170,11 +175,12 @@ def condition(
     extra = jnp.where(pending_mask, noise, 1.0)
     diagonal = jnp.concatenate([_diagonal(observations, spread, hyperparameters), extra])
     covariance = covariance + jnp.diag(diagonal)
+    inverse, _ = inverse_factor(covariance)
+    # Its leading block is the inverse factor of the observations alone.
     count = observations.values.shape[0]
-    factor = jax.scipy.linalg.cho_factor(covariance[:count, :count], lower=True)
-    weights = jnp.zeros(mixtures.shape[0]).at[:count].set(jax.scipy.linalg.cho_solve(factor, values))
-    whole = jax.scipy.linalg.cho_factor(covariance, lower=True)
-    precision = jax.scipy.linalg.cho_solve(whole, jnp.eye(mixtures.shape[0]))
+    seen = inverse[:count, :count]
+    weights = jnp.zeros(mixtures.shape[0]).at[:count].set(seen.T @ (seen @ values))
+    precision = inverse.T @ inverse
     return Posterior(hyperparameters, points, weights, precision, centre, spread)
 
 
