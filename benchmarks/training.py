@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import resource
 import statistics
@@ -171,8 +172,10 @@ def main() -> None:
         )
     if options.output:
         about = {
-            "command": " ".join(sys.argv[1:]),
             "machine": platform.machine(),
+            "cores": os.cpu_count(),
+            "steps": options.steps,
+            "rounds": options.rounds,
             "python": platform.python_version(),
             "labels": options.labels,
             "rows": rows,
