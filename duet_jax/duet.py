@@ -30,6 +30,7 @@ from duet_jax.errors import StudyError
 from duet_jax.feedback import Deployed
 from duet_jax.feedback.deployed import response_tokens
 from duet_jax.job import Job
+from duet_jax.recall import make_search, recall
 from duet_jax.search import Search
 from duet_jax.study import Study
 from duet_jax.training.sft import StepReport, Trained
@@ -98,7 +99,7 @@ def ask(folder: Path) -> Trial:
     Mixtures of open trials are taken into account, so that several can be asked for at once.
     """
     study = Study.open(folder)
-    search = jobs.make_search(study.config)
+    search = make_search(study.config)
     with study.editing():
         return _propose(study, search, study.config.budget, stage="asked")
 
@@ -109,7 +110,7 @@ def best(study: Study, search: Search) -> Result:
     told = study.completed()
     if not told:
         return Result(None, None, None, None, waiting)
-    state, mixtures = _rebuild(search, study)
+    state, mixtures, _ = recall(search, study)
     mean, stderr = search.predict(state, mixtures)
     top = int(np.argmax(mean))
     return Result(dict(told[top].mixture), float(mean[top]), float(stderr[top]), told[top].trial, waiting)
@@ -219,7 +220,7 @@ def _next_trial(job: Job, study: Study) -> Trial | None:
 def _propose(study: Study, search: Search, budget: int, *, stage: str) -> Trial:
     names, trials = study.domain_names, study.trials()
     number = len(trials)
-    state, _ = _rebuild(search, study)
+    state, _, _ = recall(search, study)
     # A failed mixture is kept like a pending one: the search should not come back to it.
     open_ = [trial for trial in trials if trial.status != "completed"]
     pending = np.array([[trial.mixture[name] for name in names] for trial in open_]).reshape(-1, len(names))
@@ -239,15 +240,6 @@ def _propose(study: Study, search: Search, budget: int, *, stage: str) -> Trial:
         seeds=dict(zip(("sample", "training", "feedback"), map(int, words), strict=True)),
         stage=stage,
     )
-
-
-def _rebuild(search: Search, study: Study) -> tuple[Any, np.ndarray]:
-    """The search's state after all feedback, and the mixtures `[n, d]` that it came for."""
-    state = search.init()
-    mixtures, values, errors = study.observations()
-    for mixture, value, error in zip(mixtures, values, errors, strict=True):
-        state = search.tell(state, mixture, float(value), error)
-    return state, mixtures
 
 
 def _checkpoint_folder(study: Study, number: int) -> Path:

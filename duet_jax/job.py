@@ -17,6 +17,7 @@ from duet_jax.data.characters import CharacterTokenizer
 from duet_jax.errors import ConfigError
 from duet_jax.feedback import Coarse, CommandTask, Engine, PythonTask, Task, WeightedSum, build, load_function
 from duet_jax.models import llama
+from duet_jax.recall import make_search
 from duet_jax.search import Search
 from duet_jax.selection import counts, load_utilities, plan, pool_size, sample
 from duet_jax.training.sft import Trainer
@@ -71,12 +72,6 @@ class Job:
             chosen = sample(utilities, int(wanted[i]), rule=selector.rule, fraction=selector.fraction, rng=rng)
             rows.append(self.starts[i] + chosen)
         return np.concatenate(rows), plans
-
-
-def make_search(config: StudyConfig) -> Search:
-    """The outer search that a study's configuration describes."""
-    chosen = config.search
-    return Search(num_domains=len(config.data.domains), beta=chosen.beta, floor=chosen.floor, initial=chosen.initial)
 
 
 def prepare(config: StudyConfig, folder: Path, say: Callable[[str], None]) -> Job:

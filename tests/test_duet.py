@@ -216,7 +216,7 @@ def test_ask_and_tell_without_training(tmp_path):
         Study.open(folder).tell(trial.trial, -float(((mixture - target) ** 2).sum()))
     open_ = [duet.ask(folder) for _ in range(2)]
     assert open_[0].mixture != open_[1].mixture
-    result = duet.best(Study.open(folder), duet.jobs.make_search(settings()))
+    result = duet.best(Study.open(folder), duet.make_search(settings()))
     assert abs(np.array(list(result.mixture.values())) - target).max() < 0.15
 
 

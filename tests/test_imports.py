@@ -21,7 +21,7 @@ ALLOWED = {
     "training": {"kernels", "models", "data"},
     "feedback": {"kernels", "models", "data"},
     "selection": {"data", "training", "feedback"},
-    "report": {"study", "trial", "search", "_files"},
+    "report": {"recall", "study", "trial", "search", "_files"},
 }
 MODULES = sorted([*ROOT.glob("duet_jax/**/*.py"), *ROOT.glob("kernels/**/*.py")])
 

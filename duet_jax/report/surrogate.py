@@ -7,7 +7,7 @@ import dataclasses
 import jax
 import numpy as np
 
-from duet_jax.search import Search
+from duet_jax.recall import make_search, recall
 from duet_jax.study import Study
 
 POINTS = 41
@@ -55,15 +55,11 @@ class Belief:
 
 def believe(study: Study) -> Belief | None:
     """Tells the feedback of a study to its search; None before any."""
-    mixtures, values, errors = study.observations()
+    search = make_search(study.config)
+    state, mixtures, values = recall(search, study)
     count, domains = mixtures.shape
     if count == 0:
         return None
-    chosen = study.config.search
-    search = Search(num_domains=domains, beta=chosen.beta, floor=chosen.floor, initial=chosen.initial)
-    state = search.init()
-    for mixture, value, error in zip(mixtures, values, errors, strict=True):
-        state = search.tell(state, mixture, float(value), error)
     mean, stderr = search.predict(state, mixtures)
     # What a proposal would be is of no interest here; the noise does not depend on the key.
     noise = search.ask(state, key=jax.random.key(0))[1].noise

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from duet_jax import config as configs
+from duet_jax import recall
 from duet_jax.errors import StudyError
 from duet_jax.report import surrogate, write_report
 from duet_jax.report.surrogate import believe
@@ -87,7 +88,7 @@ class Stand:
 
 @pytest.fixture
 def stand(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(surrogate, "Search", Stand)
+    monkeypatch.setattr(recall, "Search", Stand)
 
 
 class Elements(html.parser.HTMLParser):
@@ -177,7 +178,7 @@ CACHED = functools.cache(Search)
 
 @pytest.mark.parametrize("told", [0, 1, 2, 6])
 def test_the_belief_is_that_of_the_search(tmp_path: Path, told: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(surrogate, "Search", CACHED)
+    monkeypatch.setattr(recall, "Search", CACHED)
     study = make_study(tmp_path / "study", told, names=("a", "b", "c"))
     belief = believe(study)
     if told == 0:
