@@ -6,33 +6,23 @@ path, its value and what would be right. Nothing heavy is imported.
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import yaml
 
 from duet_jax._checks import FieldError, at_least, distinct, require
 from duet_jax._decode import decode, encode, flat, override, parse
+from duet_jax._task import TaskConfig, check_rows
+from duet_jax._task import WeightedTask as WeightedTask
 from duet_jax.errors import ConfigError
 
-BuiltIn = Literal["response_loss", "perplexity", "multiple_choice", "exact_match", "token_f1"]
-TaskKind = Literal[BuiltIn, "sum", "python", "command", "external"]
 Target = Literal["q", "k", "v", "o", "gate", "up", "down"]
 LARGEST_SEED = 2**31 - 1
-
-
-def _check_rows(config: DomainConfig | TaskConfig) -> None:
-    for name in ("source", "split", "prompt", "response", "messages"):
-        require(getattr(config, name) != "", name, "", "a text that is not empty")
-    if config.max_examples is not None:
-        at_least(1, config, "max_examples")
-    if config.options and not str(config.source).startswith("synthetic:"):
-        raise FieldError("options", f"are for synthetic data, but the source is {config.source!r}; leave them out.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +78,7 @@ class DomainConfig:
       messages: column with chat messages, in place of the two.
       max_examples: a seeded subsample of this size.
       options: of a synthetic kind.
+      minimum, maximum: bounds of its share in every mixture.
     """
 
     name: str
@@ -98,10 +89,14 @@ class DomainConfig:
     messages: str | None = None
     max_examples: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    minimum: float = 0.0
+    maximum: float = 1.0
 
     def __post_init__(self) -> None:
+        require(0 <= self.minimum <= 1, "minimum", self.minimum, "a share, from 0 to 1")
+        require(self.minimum <= self.maximum <= 1, "maximum", self.maximum, "from the minimum to 1")
         require(self.name.isprintable() and self.name.strip() != "", "name", self.name, "a name on one line")
-        _check_rows(self)
+        check_rows(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,82 +194,6 @@ class TrainingConfig:
         require(self.clip_norm > 0, "clip_norm", self.clip_norm, "greater than 0")
 
 
-# The fields that a kind of task uses; any other must be left at its default.
-_ROWS = {"source", "split", "prompt", "response", "messages", "max_examples", "options", "batch_size"}
-_TASK_FIELDS: dict[str, set[str]] = {
-    "response_loss": _ROWS,
-    "perplexity": _ROWS,
-    "multiple_choice": _ROWS | {"normalisation"},
-    "exact_match": _ROWS | {"max_new_tokens"},
-    "token_f1": _ROWS | {"max_new_tokens"},
-    "sum": {"tasks"},
-    "python": {"function"},
-    "command": {"command"},
-    "external": set(),
-}
-_TASK_NEEDS = {"sum": "tasks", "python": "function", "command": "command"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class TaskConfig:
-    """The unseen task. The search hears its score and nothing else.
-
-    Attributes:
-      kind: what is measured; "external" feedback is told with `duet tell`.
-      source, split, prompt, response, messages, max_examples, options: rows, as of a domain.
-      batch_size: examples in a forward pass.
-      normalisation: of a choice's log-likelihood: none, or by its length in bytes.
-      max_new_tokens: of a generated answer.
-      tasks: the parts of a "sum".
-      function: "module:callable" of kind "python".
-      command: program and arguments of kind "command".
-    """
-
-    kind: TaskKind
-    source: str | None = None
-    split: str = "test"
-    prompt: str = "prompt"
-    response: str = "response"
-    messages: str | None = None
-    max_examples: int | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
-    batch_size: int = 8
-    normalisation: Literal["raw", "length"] = "raw"
-    max_new_tokens: int = 64
-    tasks: tuple[WeightedTask, ...] = ()
-    function: str | None = None
-    command: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        used = _TASK_FIELDS[self.kind]
-        for each in dataclasses.fields(self):
-            default = each.default_factory() if callable(each.default_factory) else each.default
-            if each.name not in used | {"kind"} and getattr(self, each.name) != default:
-                raise FieldError(each.name, f"has no meaning for a task of kind {self.kind!r}; leave it out.")
-        needed = "source" if "source" in used else _TASK_NEEDS.get(self.kind)
-        if needed is not None and not getattr(self, needed):
-            raise FieldError(needed, f"is missing; a task of kind {self.kind!r} needs it.")
-        if "source" in used:
-            _check_rows(self)
-        if self.function is not None:
-            named = re.fullmatch(r"[\w.]+:\w+", self.function) is not None
-            require(named, "function", self.function, "of the form module:callable")
-        at_least(1, self, "batch_size", "max_new_tokens")
-
-
-@dataclass(frozen=True, kw_only=True)
-class WeightedTask:
-    """One part of a sum of tasks."""
-
-    weight: float
-    task: TaskConfig
-
-    def __post_init__(self) -> None:
-        require(self.weight != 0, "weight", self.weight, "a number other than 0")
-        if self.task.kind not in (*get_args(BuiltIn), "sum"):
-            raise FieldError("task.kind", f"is {self.task.kind!r}; the parts of a sum must be built-in tasks.")
-
-
 @dataclass(frozen=True, kw_only=True)
 class FeedbackConfig:
     """Makes feedback worse on purpose: Gaussian `noise` of this standard deviation is added to the score, and
@@ -296,19 +215,26 @@ class SearchConfig:
     """The outer search.
 
     Attributes:
+      acquisition: upper confidence bound, log expected improvement, or Thompson sampling.
       beta: standard deviations that the upper confidence bound adds to the mean.
-      floor: shares below it are set to 0 and the rest renormalised.
+      schedule: how beta changes from round to round.
+      floor: the share of a domain is 0 or at least this.
+      most: at most this many domains take part in a mixture.
       initial: rounds of a space-filling design before the surrogate is asked.
     """
 
+    acquisition: Literal["ucb", "log_ei", "thompson"] = "ucb"
     beta: float = 2.0
+    schedule: Literal["constant", "growing", "falling"] = "constant"
     floor: float = 0.02
+    most: int | None = None
     initial: int = 3
 
     def __post_init__(self) -> None:
         at_least(0, self, "beta")
         require(0 <= self.floor < 1, "floor", self.floor, "in [0, 1)")
         at_least(1, self, "initial")
+        require(self.most is None or self.most >= 1, "most", self.most, "at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -359,6 +285,9 @@ class StudyConfig:
         even = 1 / len(self.data.domains)
         rule = f"below {even:.3g}, the share of each of {len(self.data.domains)} domains in the uniform mixture"
         require(self.search.floor < even, "search.floor", self.search.floor, rule)
+        least, largest = (sum(getattr(domain, x) for domain in self.data.domains) for x in ("minimum", "maximum"))
+        require(least <= 1, "data.domains", f"minima that sum to {least:.4g}", "minima that sum to at most 1")
+        require(largest >= 1, "data.domains", f"maxima that sum to {largest:.4g}", "maxima that sum to at least 1")
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:

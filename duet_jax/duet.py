@@ -23,7 +23,6 @@ import jax
 import numpy as np
 
 from duet_jax import job as jobs
-from duet_jax import selection
 from duet_jax.config import StudyConfig
 from duet_jax.display import Display, shares
 from duet_jax.errors import StudyError
@@ -32,6 +31,7 @@ from duet_jax.feedback.deployed import response_tokens
 from duet_jax.job import Job
 from duet_jax.recall import make_search, recall
 from duet_jax.search import Search
+from duet_jax.search.constraints import round_counts
 from duet_jax.study import Study
 from duet_jax.training.sft import StepReport, Trained
 from duet_jax.trial import Trial
@@ -226,15 +226,18 @@ def _propose(study: Study, search: Search, budget: int, *, stage: str) -> Trial:
     pending = np.array([[trial.mixture[name] for name in names] for trial in open_]).reshape(-1, len(names))
     key = jax.random.fold_in(jax.random.key(study.config.seed), number)
     mixture, diagnostics = search.ask(state, key=key, pending=pending)
-    counts = selection.counts(mixture, budget)
+    counts = round_counts(mixture, budget, search.constraints)
+    # What is trained on is what the surrogate hears of: whole examples.
+    realised = counts / counts.sum()
     words = np.random.SeedSequence([study.config.seed, number]).generate_state(3)
     return study.new_trial(
-        mixture={name: float(share) for name, share in zip(names, mixture, strict=True)},
+        mixture={name: float(share) for name, share in zip(names, realised, strict=True)},
         counts={name: int(count) for name, count in zip(names, counts, strict=True)},
         proposal={
             "mean": diagnostics.mean,
             "stderr": diagnostics.stderr,
-            "acquisition": diagnostics.acquisition,
+            "acquisition": diagnostics.acquisition if math.isfinite(diagnostics.acquisition) else None,
+            "gap": diagnostics.gap if math.isfinite(diagnostics.gap) else None,
             "origin": diagnostics.origin,
         },
         seeds=dict(zip(("sample", "training", "feedback"), map(int, words), strict=True)),

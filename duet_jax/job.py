@@ -19,7 +19,8 @@ from duet_jax.feedback import Coarse, CommandTask, Engine, PythonTask, Task, Wei
 from duet_jax.models import llama
 from duet_jax.recall import make_search
 from duet_jax.search import Search
-from duet_jax.selection import counts, load_utilities, plan, pool_size, sample
+from duet_jax.search.constraints import round_counts
+from duet_jax.selection import load_utilities, plan, pool_size, sample
 from duet_jax.training.sft import Trainer
 
 
@@ -57,7 +58,7 @@ class Job:
 
     def counts(self, mixture: np.ndarray) -> np.ndarray:
         """Examples of each domain for a mixture, int64 `[d]`, summing to the budget."""
-        return counts(mixture, self.config.budget)
+        return round_counts(mixture, self.config.budget, self.search.constraints)
 
     def sample(self, wanted: np.ndarray, seed: int) -> tuple[np.ndarray, list[str]]:
         """Rows of `data` to train on, int64 `[budget]`, and what is repeated, in words."""
@@ -87,6 +88,7 @@ def prepare(config: StudyConfig, folder: Path, say: Callable[[str], None]) -> Jo
     Raises:
       ConfigError, DataError, ModelError: the first mistake found.
     """
+    search = make_search(config)
     domains = load_domains(config.data.domains, validation_fraction=config.data.validation_fraction, seed=config.seed)
     evaluation = _task_examples(config.task, config.seed, "task")
     function = None if config.task.function is None else load_function(config.task.function)
@@ -162,7 +164,7 @@ def prepare(config: StudyConfig, folder: Path, say: Callable[[str], None]) -> Jo
         engine=engine,
         task=task,
         coarse=Coarse(feedback.noise, feedback.stars, feedback.low, feedback.high),
-        search=make_search(config),
+        search=search,
     )
 
 

@@ -58,7 +58,7 @@ def test_defaults() -> None:
         ("data.buckets=64", "data.buckets is 64; it must be a list."),
         ("data.buckets=[64, x]", "data.buckets.1 is 'x'; it must be a whole number."),
         ("data.domains.0.options=3", "data.domains.0.options is 3; it must be a mapping of names to values."),
-        ("search=3", "search is 3; it must be a mapping with beta, floor, initial."),
+        ("search=3", "search is 3; it must be a mapping with acquisition, beta, schedule, floor, most, initial."),
         (
             "training.method=lorra",
             "training.method is 'lorra'; it must be one of lora, full; did you mean 'lora'?",
@@ -140,6 +140,12 @@ def test_defaults() -> None:
         ("feedback.low=2", "feedback.high is 1.0; it must be greater than low (2.0)."),
         ("search.beta=-1", "search.beta is -1.0; it must be at least 0."),
         ("search.initial=0", "search.initial is 0; it must be at least 1."),
+        ("search.most=0", "search.most is 0; it must be at least 1."),
+        ("data.domains.0.minimum=1.5", "data.domains.0.minimum is 1.5; it must be a share, from 0 to 1."),
+        (
+            "data.domains.1={name: b, source: x, minimum: 0.5, maximum: 0.4}",
+            "data.domains.1.maximum is 0.4; it must be from the minimum to 1.",
+        ),
         ("search.floor=1", "search.floor is 1.0; it must be in [0, 1)."),
         (
             "search.floor=0.5",

@@ -15,9 +15,10 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter, StrMethodFormatter
 
 from duet_jax.report.surrogate import Slice
+from duet_jax.search.diagnostics import Effects, LeftOut, Report
 from duet_jax.trial import Trial
 
 WIDTH = 7.5
@@ -109,31 +110,79 @@ def mixtures(trials: Sequence[Trial], names: Sequence[str]) -> str:
 @styled
 def slices(parts: Sequence[Slice], names: Sequence[str], observed: tuple[np.ndarray, np.ndarray]) -> str:
     """The surrogate's mean ± two standard deviations along each domain, through the best mixture."""
-    columns = min(3, len(parts))
-    rows = math.ceil(len(parts) / columns)
-    figure, axes = _new(rows, columns, height=2.0 * rows, sharey=True)
+    figure, axes = _domains(names)
     shares, values = observed
-    for i, (ax, part, name) in enumerate(zip(axes, parts, names, strict=False)):
-        colour = colours(len(names))[i]
-        ax.fill_between(
-            part.shares,
-            part.mean - 2 * part.stderr,
-            part.mean + 2 * part.stderr,
-            color=colour,
-            alpha=0.25,
-            linewidth=0,
-        )
-        ax.plot(part.shares, part.mean, color=colour)
+    for i, (ax, part, colour) in enumerate(zip(axes, parts, colours(len(names)), strict=True)):
+        _band(ax, part.shares, part.mean, part.stderr, colour)
         ax.plot(shares[:, i], values, ".", color=INK, alpha=0.4, markersize=4)
         ax.axvline(part.at, color=ACCENT, linewidth=1, linestyle=":")
-        ax.set_title(_short(name), fontsize=9)
-        ax.set_xlim(-0.02, 1.02)
-        ax.set_xticks([0.0, 0.5, 1.0])
-        ax.xaxis.set_major_formatter(PercentFormatter(1.0))
-    for ax in axes[len(parts) :]:
-        ax.set_visible(False)
-    figure.supylabel("feedback", fontsize=9)
     return _svg(figure, "slices", "predicted feedback along each domain")
+
+
+@styled
+def effects(found: Effects, names: Sequence[str]) -> str:
+    """Main effect of each domain ± two standard deviations."""
+    figure, axes = _domains(names)
+    for i, (ax, colour) in enumerate(zip(axes, colours(len(names)), strict=True)):
+        _band(ax, found.shares[i], found.mean[i], found.stderr[i], colour)
+    return _svg(figure, "effects", "average predicted feedback by share of each domain")
+
+
+@styled
+def importance(report: Report, names: Sequence[str]) -> str:
+    """Importance of each domain, and beside it the share of its lengthscale, as bars."""
+    figure, axes = _new(1, 2, height=0.7 + 0.26 * len(names), sharey=True)
+    shown = (
+        ("explained by its share alone", report.effects.importance),
+        ("share of inverse squared lengthscales", report.relevance),
+    )
+    for ax, (title, parts) in zip(axes, shown, strict=True):
+        bars = ax.barh(range(len(names)), parts, color=colours(len(names)), height=0.7)
+        ax.bar_label(bars, [f"{100 * part:.0f} %" for part in parts], padding=3, fontsize=8)
+        ax.set_xlim(0, 1.15)
+        ax.set_xticks([])
+        ax.spines["bottom"].set_visible(False)
+        ax.set_title(title, fontsize=9)
+    axes[0].set_yticks(range(len(names)), [_short(name) for name in names])
+    axes[0].invert_yaxis()
+    return _svg(figure, "importance", "importance of each domain")
+
+
+@styled
+def left_out(found: LeftOut) -> str:
+    """Each feedback as predicted from all others, with its 95 % interval, against what was told."""
+    figure, axes = _new(1, 1, height=3.2)
+    ax = axes[0]
+    ends = [found.values.min(), found.values.max()]
+    ax.plot(ends, ends, color=INK, alpha=0.4, linewidth=0.8, label="as told")
+    ax.errorbar(
+        found.values,
+        found.mean,
+        yerr=1.96 * found.stderr,
+        fmt="o",
+        color=ACCENT,
+        ecolor=COLOURS[0],
+        capsize=2,
+        label="predicted without it, 95 % interval",
+    )
+    ax.set_xlabel("feedback told")
+    ax.set_ylabel("feedback predicted")
+    figure.legend(loc="outside upper left", ncols=2)
+    return _svg(figure, "left_out", "each feedback predicted from all others")
+
+
+@styled
+def gaps(trials: Sequence[Trial]) -> str:
+    """How far each proposal may be from the best one there was, by its Frank-Wolfe gap."""
+    figure, axes = _new(1, 1, height=2.0)
+    found = {trial.trial + 1: gap for trial in trials if (gap := gap_of(trial)) is not None}
+    # On a logarithmic axis 0 has no place; that far down all is rounding.
+    axes[0].semilogy(list(found), np.maximum(list(found.values()), 1e-12), "o", color=ACCENT)
+    axes[0].yaxis.set_major_formatter(StrMethodFormatter("{x:.0e}"))
+    axes[0].yaxis.set_minor_formatter(NullFormatter())
+    _rounds_axis(axes[0], trials)
+    axes[0].set_ylabel("gap")
+    return _svg(figure, "gaps", "Frank-Wolfe gap of each proposal")
 
 
 @styled
@@ -188,6 +237,12 @@ def timings(trials: Sequence[Trial], stages: Mapping[str, Sequence[float]]) -> s
     return _svg(figure, "timings", "time by stage")
 
 
+def gap_of(trial: Trial) -> float | None:
+    """The Frank-Wolfe gap of a trial's proposal; None where its file has none."""
+    gap = (trial.proposal or {}).get("gap")
+    return gap if isinstance(gap, float) and math.isfinite(gap) else None
+
+
 def _expectation(trial: Trial) -> bool:
     proposal = trial.proposal or {}
     return all(isinstance(proposal.get(name), float) and math.isfinite(proposal[name]) for name in ("mean", "stderr"))
@@ -197,6 +252,27 @@ def _new(rows: int, columns: int, *, height: float, sharey: bool = False) -> tup
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     axes = figure.subplots(rows, columns, sharey=sharey, squeeze=False)
     return figure, list(axes.flat)
+
+
+def _domains(names: Sequence[str]) -> tuple[Figure, list[Axes]]:
+    """A panel a domain, three in a row, whose horizontal axis is its share and whose vertical one is feedback."""
+    columns = min(3, len(names))
+    rows = math.ceil(len(names) / columns)
+    figure, axes = _new(rows, columns, height=2.0 * rows, sharey=True)
+    for ax, name in zip(axes, names, strict=False):
+        ax.set_title(_short(name), fontsize=9)
+        ax.set_xlim(-0.02, 1.02)
+        ax.set_xticks([0.0, 0.5, 1.0])
+        ax.xaxis.set_major_formatter(PercentFormatter(1.0))
+    for ax in axes[len(names) :]:
+        ax.set_visible(False)
+    figure.supylabel("feedback", fontsize=9)
+    return figure, axes[: len(names)]
+
+
+def _band(ax: Axes, shares: np.ndarray, mean: np.ndarray, stderr: np.ndarray, colour: str) -> None:
+    ax.fill_between(shares, mean - 2 * stderr, mean + 2 * stderr, color=colour, alpha=0.25, linewidth=0)
+    ax.plot(shares, mean, color=colour)
 
 
 def _rounds_axis(ax: Axes, trials: Sequence[Trial]) -> None:
@@ -219,5 +295,7 @@ def _svg(figure: Figure, name: str, title: str) -> str:
     head, body = text.split(">", 1)
     box = re.search(r'viewBox="[^"]*"', head)
     assert box is not None
+    # Indentation is a tenth of the page.
+    body = re.sub(r"\n\s+", "\n", body)
     body = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", body)
     return f'<svg {box[0]} role="img" aria-label="{title}">{body}'.replace(INK, "currentColor")

@@ -18,6 +18,7 @@ from duet_jax._files import write
 from duet_jax.errors import StudyError
 from duet_jax.report import figures
 from duet_jax.report.surrogate import Belief, believe
+from duet_jax.search.diagnostics import LEVELS, LeftOut
 from duet_jax.study import Study
 from duet_jax.trial import Trial
 
@@ -63,6 +64,7 @@ def render(study: Study) -> str:
         belief=belief,
         best=None if belief is None else told[belief.best],
         noise=_noise(told, belief),
+        calibration=None if belief is None else _calibration(belief.report.left_out),
         legend=list(zip(study.domain_names, figures.colours(len(study.domain_names)), strict=True)),
         drawings=_drawings(study, trials, told, belief),
         seconds={trial.trial: _seconds(trial) for trial in trials},
@@ -79,7 +81,13 @@ def _drawings(study: Study, trials: Sequence[Trial], told: Sequence[Trial], beli
     if belief is not None:
         observed = (belief.mixtures, belief.values)
         drawn["slices"] = figures.slices(belief.slices, study.domain_names, observed)
-        drawn["noise"] = figures.noise(told, belief.mean, belief.noise)
+        drawn["noise"] = figures.noise(told, belief.mean, belief.report.noise)
+        drawn["effects"] = figures.effects(belief.report.effects, study.domain_names)
+        drawn["importance"] = figures.importance(belief.report, study.domain_names)
+        if len(told) > 1:
+            drawn["left_out"] = figures.left_out(belief.report.left_out)
+    if any(figures.gap_of(trial) is not None for trial in trials):
+        drawn["gaps"] = figures.gaps(trials)
     metrics = study.metrics()
     if metrics:
         drawn["losses"] = figures.losses(metrics)
@@ -107,7 +115,17 @@ def _noise(told: Sequence[Trial], belief: Belief | None) -> dict[str, float | No
     if belief is None:
         return None
     stated = sorted(t.feedback["stderr"] for t in told if t.feedback and t.feedback["stderr"] is not None)
-    return {"learned": belief.noise, "stated": stated[len(stated) // 2] if stated else None}
+    return {"learned": belief.report.noise, "stated": stated[len(stated) // 2] if stated else None}
+
+
+def _calibration(found: LeftOut) -> dict[str, Any]:
+    """How many values lie within their intervals, and how many should; the mean log density."""
+    count = len(found.values)
+    counts = [
+        {"level": f"{100 * level:.0f} %", "inside": round(share * count), "expected": f"{level * count:.1f}"}
+        for level, share in zip(LEVELS, found.coverage.tolist(), strict=True)
+    ]
+    return {"count": count, "counts": counts, "log_density": float(found.log_density.mean())}
 
 
 def _number(value: Any, digits: int = 4) -> str:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax
 import numpy as np
 
 from duet_jax.recall import make_search, recall
+from duet_jax.search.diagnostics import Report, diagnose
 from duet_jax.study import Study
 
 POINTS = 41
@@ -39,8 +39,8 @@ class Belief:
       mixtures, values: the observations, float64 `[n, d]` and `[n]`.
       mean, stderr: posterior of the noise-free feedback at the observations, float64 `[n]`.
       uniform: posterior mean and standard deviation at the uniform mixture.
-      noise: standard deviation of the feedback noise that the surrogate has learned.
       slices: one a domain, through the best mixture.
+      report: which domains matter, the learned noise, and each feedback predicted from all others.
     """
 
     best: int
@@ -49,8 +49,8 @@ class Belief:
     mean: np.ndarray
     stderr: np.ndarray
     uniform: tuple[float, float]
-    noise: float
     slices: tuple[Slice, ...]
+    report: Report
 
 
 def believe(study: Study) -> Belief | None:
@@ -61,8 +61,6 @@ def believe(study: Study) -> Belief | None:
     if count == 0:
         return None
     mean, stderr = search.predict(state, mixtures)
-    # What a proposal would be is of no interest here; the noise does not depend on the key.
-    noise = search.ask(state, key=jax.random.key(0))[1].noise
     best = int(np.argmax(mean))
     lines = [_line(mixtures[best], i) for i in range(domains)]
     asked = np.concatenate([np.full((1, domains), 1 / domains), *lines])
@@ -72,7 +70,7 @@ def believe(study: Study) -> Belief | None:
         part = slice(1 + i * POINTS, 1 + (i + 1) * POINTS)
         slices.append(Slice(lines[i][:, i], means[part], stderrs[part], float(mixtures[best, i])))
     uniform = (float(means[0]), float(stderrs[0]))
-    return Belief(best, mixtures, values, mean, stderr, uniform, noise, tuple(slices))
+    return Belief(best, mixtures, values, mean, stderr, uniform, tuple(slices), diagnose(search, state))
 
 
 def _line(mixture: np.ndarray, domain: int) -> np.ndarray:

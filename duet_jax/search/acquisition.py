@@ -1,109 +1,89 @@
-"""Upper confidence bound (Srinivas et al. 2010, arXiv 0912.3995, equation 6), maximised on the simplex."""
+"""What a proposal is worth: upper confidence bound, expected improvement, posterior samples."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from functools import partial
-from typing import NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.scipy.special import log_ndtr
 
-from duet_jax.search import simplex
-from duet_jax.search.surrogate import Posterior, moments
+from duet_jax.search.kernel import Inputs
+from duet_jax.search.surrogate import Posterior, Surrogate
 
-# Best observations and neighbours of each, candidates that climb, and steps of the climb.
-CENTRES, NEAR, REFINED, STEPS = 8, 8, 16, 30
-
-
-def upper_confidence_bound(posterior: Posterior, roots: Array, beta: float) -> Array:
-    """Mean plus `beta` standard deviations, standardised, `[m]`, of Hellinger coordinates `[m, d]`."""
-    mean, deviation = moments(posterior, roots)
-    return mean + beta * deviation
+Schedule = Literal["constant", "growing", "falling"]
+# Random Fourier features of a posterior sample.
+FEATURES = 512
 
 
-def maximise(posterior: Posterior, draws: Array, beta: float, floor: float, *, key: Array) -> Array:
-    """The mixture `[d]` of highest upper confidence bound, after shares below `floor` are set to 0.
+def beta_at(schedule: Schedule, beta: float | Array, count: Array) -> Array:
+    """Standard deviations that the upper confidence bound adds after `count` observations.
 
-    Candidates are landmarks, random mixtures and neighbours of the observations; the best of them climb on the
-    sphere of Hellinger coordinates, where faces of the simplex are reached exactly by clipping. Everything is
-    scored again after the floor, so that what is returned is what was scored.
-
-    Args:
-      posterior: the fitted surrogate.
-      draws: random mixtures, `[m, d]`.
-      beta: standard deviations that are added to the mean.
-      floor: at most `1 / d`.
-      key: for the neighbours of the observations.
+    "growing" is `beta` times `sqrt(2 log(t^2 pi^2 / 0.6) / 5)` (Srinivas et al. 2010, theorem 1 and section 6, at
+    delta = 0.1 and without the size of the set); "falling" is `beta / (2 sqrt(t + 1))`, as in DUET's library.
     """
-    observed, mask = posterior.points
-    size = observed.shape[1]
-    # Around the best observations. Rows that are masked out are no points of the simplex, and never taken.
-    means = jnp.where(mask > 0, moments(posterior, observed)[0], -jnp.inf)
-    _, centres = jax.lax.top_k(means, min(CENTRES, len(means)))
-    centres = jnp.where(mask[centres] > 0, centres, centres[0])
-    offsets = jax.random.normal(key, (NEAR, *centres.shape, size)) * (0.3 * size**-0.5)
-    near = _normalise(jnp.maximum(observed[centres] + offsets, 0.0)).reshape(-1, size)
-    fixed = jnp.asarray(simplex.landmarks(size))
-    candidates = jnp.concatenate([simplex.hellinger(jnp.concatenate([fixed, draws])), near])
-    scores = upper_confidence_bound(posterior, candidates, beta)
-    _, top = jax.lax.top_k(scores, REFINED)
-
-    refined = _climb(partial(upper_confidence_bound, posterior, beta=beta), candidates[top])
-    finalists = simplex.apply_floor(jnp.concatenate([refined, candidates[top]]) ** 2, floor)
-    final = upper_confidence_bound(posterior, simplex.hellinger(finalists), beta)
-    return finalists[jnp.argmax(final)]
+    t = count + 1.0
+    if schedule == "growing":
+        return beta * jnp.sqrt(2.0 * jnp.log(t**2 * (math.pi**2 / 0.6)) / 5.0)
+    if schedule == "falling":
+        return beta / (2.0 * jnp.sqrt(t))
+    return jnp.asarray(beta)
 
 
-class _Climb(NamedTuple):
-    """Where each candidate is, the slope along the sphere there, and its step; the best place it has been at."""
+def log_expected_improvement(mean: Array, deviation: Array, best: Array) -> Array:
+    """Logarithm of the expected excess over `best`, `[m]`, exact in the far tail (Ament et al. 2023, equation 9).
 
-    roots: Array
-    slope: Array
-    step: Array
-    best: Array
-    highest: Array
-
-
-def _climb(function: Callable[[Array], Array], roots: Array) -> Array:
-    """The highest of the points that projected gradient ascent visits on the sphere's positive part, `[m, d]`.
-
-    Steps are those of Barzilai and Borwein (IMA J. Numer. Anal. 1988, equation 5): not monotone, but after 20 of
-    them the maximum is reached to about 1e-12, where a decreasing step leaves 1e-5.
+    With noisy feedback `best` is the highest posterior mean of what was observed.
     """
-
-    def total(roots: Array) -> tuple[Array, Array]:
-        each = function(roots)
-        return jnp.sum(each), each
-
-    ascend = jax.grad(total, has_aux=True)
-
-    def climb(at: _Climb, _: None) -> tuple[_Climb, None]:
-        move = at.step * at.slope
-        move = move * jnp.minimum(1.0, 0.3 / jnp.maximum(_length(move), 1e-12))
-        roots = _normalise(jnp.maximum(at.roots + move, 0.0))
-        gradient, value = ascend(roots)
-        # Only the part along the sphere changes the mixture.
-        slope = gradient - jnp.sum(gradient * roots, axis=1, keepdims=True) * roots
-        change = roots - at.roots
-        curvature = jnp.abs(jnp.sum(change * (slope - at.slope), axis=1, keepdims=True))
-        step = jnp.sum(change**2, axis=1, keepdims=True) / jnp.maximum(curvature, 1e-14)
-        step = jnp.where(curvature > 1e-14, jnp.clip(step, 1e-3, 1e2), at.step)
-        best = jnp.where((value > at.highest)[:, None], roots, at.best)
-        return _Climb(roots, slope, step, best, jnp.maximum(value, at.highest)), None
-
-    # Without a slope the first step stays in place and computes it: the function is compiled once.
-    count = roots.shape[0]
-    first = _Climb(roots, jnp.zeros_like(roots), jnp.full((count, 1), 0.1), roots, jnp.full(count, -jnp.inf))
-    return jax.lax.scan(climb, first, length=STEPS + 1)[0].best
+    z = (mean - best) / deviation
+    log_density = -0.5 * z**2 - 0.5 * math.log(2.0 * math.pi)
+    # phi(z) + z Phi(z) = phi(z) (1 + z Phi(z) / phi(z)); beyond the limit the bracket is 1 / z^2 to rounding.
+    limit = -1e3 if z.dtype == jnp.float64 else -20.0
+    inside = jnp.clip(z, limit, 0.0)
+    bracket = 1.0 + inside * jnp.exp(log_ndtr(inside) + 0.5 * inside**2 + 0.5 * math.log(2.0 * math.pi))
+    far = -2.0 * jnp.log(jnp.maximum(-z, 1.0))
+    log_bracket = jnp.where(z < limit, far, jnp.log(jnp.maximum(bracket, jnp.finfo(z.dtype).tiny)))
+    # For large z the bracket overflows, and the excess is z itself.
+    near = jnp.minimum(z, 10.0)
+    direct = jnp.log(jnp.maximum(jnp.exp(-0.5 * near**2 - 0.5 * math.log(2.0 * math.pi)) + z * _ndtr(near), 1e-30))
+    return jnp.log(deviation) + jnp.where(z > -1.0, direct, log_density + log_bracket)
 
 
-def _length(roots: Array) -> Array:
-    return jnp.linalg.norm(roots, axis=-1, keepdims=True)
+def _ndtr(z: Array) -> Array:
+    return jnp.exp(log_ndtr(z))
 
 
-def _normalise(roots: Array) -> Array:
-    length = _length(roots)
-    even = jnp.full_like(roots, roots.shape[-1] ** -0.5)
-    return jnp.where(length > 1e-6, roots / jnp.maximum(length, 1e-6), even)
+def draw(surrogate: Surrogate, posterior: Posterior, count: int, *, key: Array) -> Callable[[Array], Array]:
+    """A sample of the posterior, standardised, as a function of points `[m, d + extra]`, smooth in them.
+
+    The prior is sampled through random Fourier features, and moved by what the first `count` rows, the observations,
+    say (Wilson et al. 2020, equation 9). The spectrum of Matern 5/2 is a Student t with 5 degrees of freedom.
+    """
+    hyper = posterior.hyperparameters
+    seen = jax.tree.map(lambda x: x[:count], posterior.inputs)
+    dtype, width = posterior.weights.dtype, seen.features.shape[1]
+    normal, student, phase, weights, trend, noise = jax.random.split(key, 6)
+    directions = jax.random.normal(normal, (FEATURES, width), dtype)
+    chi2 = 2.0 * jax.random.gamma(student, 2.5, (FEATURES, 1), dtype)
+    frequencies = directions * jnp.sqrt(5.0 / chi2) * surrogate.inverse_lengthscales(hyper)
+    phases = 2.0 * math.pi * jax.random.uniform(phase, (FEATURES,), dtype)
+    amplitudes = jnp.exp(0.5 * hyper.signal) * (2.0 / FEATURES) ** 0.5 * jax.random.normal(weights, (FEATURES,), dtype)
+    slopes = jax.random.normal(trend, (seen.trend.shape[1],), dtype) * jnp.exp(0.5 * jnp.sum(hyper.slope))
+
+    def prior(inputs: Inputs) -> Array:
+        wave = jnp.cos(inputs.features @ frequencies.T + phases) @ amplitudes
+        value = (wave + inputs.trend @ slopes) * inputs.mask
+        return value if inputs.against is None else value - prior(inputs.against)
+
+    factor = posterior.factor[:count, :count]
+    errors = jnp.sqrt(posterior.diagonal[:count]) * jax.random.normal(noise, (count,), dtype)
+    weights_ = posterior.weights[:count] - factor.T @ (factor @ (prior(seen) + errors * seen.mask))
+
+    def sample(points: Array) -> Array:
+        queries = surrogate.inputs(points)
+        return prior(queries) + surrogate.covariance(hyper, queries, seen) @ weights_
+
+    return sample

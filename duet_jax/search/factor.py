@@ -1,7 +1,7 @@
-"""Factors of covariance matrices by one Cholesky decomposition, small solves and products.
+"""Factors of covariance matrices by small Cholesky decompositions, small solves and products.
 
-Large triangular solves with many right-hand sides go to a threaded BLAS on the CPU; at the sizes of a search its
-threads cost 5 to 50 times the arithmetic, and more when other processes run. Small solves and products do not.
+Large decompositions and triangular solves go to a threaded BLAS on the CPU; at the sizes of a search its threads cost
+5 to 50 times the arithmetic, and more when other processes run. Small ones and products do not.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-# Side of the blocks that are solved; larger ones are merged by products.
-BLOCK = 16
+# Sides of the blocks that are solved and of those that are decomposed; larger ones are merged by products.
+BLOCK, LEAF = 16, 64
 
 
 def inverse_factor(covariance: Array) -> tuple[Array, Array]:
@@ -20,8 +20,17 @@ def inverse_factor(covariance: Array) -> tuple[Array, Array]:
     With `W` the first, `W.T @ W` is the inverse of `covariance`, and leading blocks of `W` belong to leading blocks
     of `covariance`.
     """
-    factor = jax.lax.linalg.cholesky(covariance, symmetrize_input=False)
-    return _invert_lower(factor), 2 * jnp.sum(jnp.log(jnp.diagonal(factor)))
+    size = covariance.shape[0]
+    if size <= LEAF:
+        factor = jax.lax.linalg.cholesky(covariance, symmetrize_input=False)
+        return _invert_lower(factor), 2 * jnp.sum(jnp.log(jnp.diagonal(factor)))
+    half = LEAF * -(-size // (2 * LEAF))
+    top, first = inverse_factor(covariance[:half, :half])
+    below = covariance[half:, :half] @ top.T
+    bottom, second = inverse_factor(covariance[half:, half:] - below @ below.T)
+    corner = -bottom @ (below @ top)
+    upper = jnp.concatenate([top, jnp.zeros_like(corner.T)], axis=1)
+    return jnp.concatenate([upper, jnp.concatenate([corner, bottom], axis=1)]), first + second
 
 
 def _invert_lower(factor: Array) -> Array:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,29 +13,23 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from duet_jax.errors import FeedbackError
-from duet_jax.search import acquisition, simplex
-from duet_jax.search.surrogate import Observations, Posterior, condition, fit, moments
+from duet_jax.search import simplex
+from duet_jax.search.acquisition import beta_at
+from duet_jax.search.observations import Observations
+from duet_jax.search.program import Program, Proposal
+from duet_jax.search.surrogate import Posterior
 
-# Rows of the buffers of queries and (at first) of pending mixtures, and the number of random candidates.
-QUERIES, PENDING, RANDOM = 64, 8, 512
+# Rows of the buffers of queries and (at first) of pending mixtures, and how much a full buffer grows.
+QUERIES, PENDING, GROWTH = 64, 8, 4
 
 
 class Diagnostics(NamedTuple):
-    """What the surrogate thinks of a proposal, in units of the feedback.
-
-    Attributes:
-      mean, stderr: of the noise-free value of the proposed mixture.
-      acquisition: its upper confidence bound.
-      noise: learned standard deviation of the feedback's noise.
-      lengthscale: on the Hellinger map, where vertices are sqrt 2 apart.
-      amplitude: prior standard deviation of the value.
-      origin: "initial" for the space-filling design, else "ucb".
-    """
+    """A `Proposal` without its mixture, as Python numbers; origin is "initial" or the acquisition's name."""
 
     mean: float
     stderr: float
     acquisition: float
+    gap: float
     noise: float
     lengthscale: float
     amplitude: float
@@ -44,68 +37,39 @@ class Diagnostics(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Search:
+class Search(Program):
     """Bayesian optimisation of a mixture from few, noisy scores (DUET, arXiv 2502.00270, Algorithm 1).
 
-    A Gaussian process over the Hellinger map of mixtures, and the upper confidence bound. Everything runs in
-    float64 on the host CPU, in a local scope: no global setting of JAX is touched. A proposal is a pure function of
-    the observations, the pending mixtures and the key.
+    A Gaussian process over the Hellinger map of mixtures, and an acquisition. These methods take and give NumPy,
+    check what they are given, and run in float64 on the host CPU in a local scope: no global setting of JAX is
+    touched. Full buffers grow by `GROWTH`, and then the step is compiled anew. `start`, `insert` and `propose`, of
+    `Program`, are what they are made of, for use inside jit, vmap and scan.
 
     Where we differ from the paper: the first mixtures are a space-filling design that begins with the uniform one;
-    the kernel is Matern 5/2 on square roots of shares, with hyperparameters from their posterior mode; and `beta`
-    is constant.
-
-    Attributes:
-      num_domains: d, at least 2.
-      capacity: rows of the first buffer; it doubles when full, and the step is compiled anew.
-      beta: standard deviations that the acquisition adds to the mean.
-      floor: proposed shares below it are set to 0 and the rest renormalised; at most 1 / d.
-      initial: size of the space-filling design.
+    the kernel is Matern 5/2 on square roots of shares, with hyperparameters from their posterior mode.
     """
-
-    num_domains: int
-    capacity: int = 64
-    beta: float = 2.0
-    floor: float = 0.0
-    initial: int = 3
-
-    def __post_init__(self) -> None:
-        if self.num_domains < 2:
-            raise ValueError(f"num_domains is {self.num_domains}; a mixture needs at least 2 domains.")
-        if not 0 <= self.floor <= 1 / self.num_domains:
-            raise ValueError(f"floor is {self.floor}; it must be from 0 to 1/num_domains.")
-        if self.beta < 0 or self.initial < 1 or self.capacity < 1:
-            raise ValueError(
-                f"beta={self.beta} must not be negative, and initial={self.initial} and capacity={self.capacity} "
-                f"must be at least 1."
-            )
 
     def init(self) -> Observations:
         """No observations."""
         with _host():
-            return Observations(
-                jnp.zeros((self.capacity, self.num_domains)),
-                jnp.zeros(self.capacity),
-                jnp.zeros(self.capacity),
-                jnp.zeros(self.capacity, bool),
-            )
+            return self.start()
 
-    def tell(self, state: Observations, mixture: object, value: float, stderr: float | None = None) -> Observations:
+    def tell(self, state: Observations, mixture: object, value: Any, stderr: Any = None) -> Observations:
         """Adds an observation.
 
         Args:
           state: of `init`, `tell` or `step`.
           mixture: `[d]` shares.
-          value: feedback, higher is better.
+          value: feedback of the search's kind; by default a number, higher is better.
           stderr: its standard error where it is known and independent of the other observations'.
 
         Raises:
           ValueError: the mixture is no point of the simplex.
-          FeedbackError: the value is not finite, or the error is negative.
+          FeedbackError: the feedback is not of its kind.
         """
         row = self._row(mixture, value, stderr)
         with _host():
-            return _append(self._room(state), *row)
+            return _insert(self, self._room(state), *row)
 
     def ask(self, state: Observations, *, key: Array, pending: object = None) -> tuple[np.ndarray, Diagnostics]:
         """Proposes a mixture, float64 `[d]` that sums to 1, and what the surrogate expects of it.
@@ -115,17 +79,30 @@ class Search:
           key: a typed PRNG key; the same key proposes the same mixture.
           pending: `[p, d]` mixtures whose feedback has not come; the proposal keeps away from them.
         """
-        nothing = (np.zeros(self.num_domains), 0.0, 0.0, False)
         with _host():
-            _, *proposal = _step(self, state, nothing, *self._pending(pending), _local(key))
-            return self._finish(*proposal)
+            _, proposal = _step(self, state, self._nothing(), *self._pending(pending), _local(key), self._rule(state))
+            return self._finish(proposal)
+
+    def ask_batch(
+        self, state: Observations, count: int, *, key: Array, pending: object = None
+    ) -> tuple[np.ndarray, list[Diagnostics]]:
+        """Proposes `count` mixtures `[count, d]` to be tried at the same time, each away from those before it."""
+        waiting = self._rows([] if pending is None else pending)
+        mixtures: list[np.ndarray] = []
+        diagnostics: list[Diagnostics] = []
+        for number in range(count):
+            known = np.concatenate([waiting, np.reshape(mixtures, (number, self.num_domains))])
+            mixture, about = self.ask(state, key=jax.random.fold_in(key, number), pending=known)
+            mixtures.append(mixture)
+            diagnostics.append(about)
+        return np.reshape(mixtures, (count, self.num_domains)), diagnostics
 
     def step(
         self,
         state: Observations,
         mixture: object,
-        value: float,
-        stderr: float | None = None,
+        value: Any,
+        stderr: Any = None,
         *,
         key: Array,
         pending: object = None,
@@ -133,8 +110,11 @@ class Search:
         """`tell`, then `ask`, in one compiled program."""
         row = self._row(mixture, value, stderr)
         with _host():
-            state, *proposal = _step(self, self._room(state), row, *self._pending(pending), _local(key))
-            return state, *self._finish(*proposal)
+            state = self._room(state)
+            state, proposal = _step(
+                self, state, (*row, True), *self._pending(pending), _local(key), self._rule(state, row)
+            )
+            return state, *self._finish(proposal)
 
     def best(self, state: Observations) -> tuple[np.ndarray, float, float]:
         """The observed mixture of highest posterior mean, that mean, and its standard deviation.
@@ -142,13 +122,25 @@ class Search:
         Raises:
           ValueError: nothing has been observed.
         """
-        count = int(np.sum(state.mask))
-        if count == 0:
-            raise ValueError("There is no best mixture before the first feedback.")
+        count = self._count(state)
         mixtures = np.asarray(state.mixtures)[:count]
         mean, stderr = self.predict(state, mixtures)
         top = int(np.argmax(mean))
         return mixtures[top], float(mean[top]), float(stderr[top])
+
+    def recommend(self, state: Observations) -> tuple[np.ndarray, float, float]:
+        """The allowed mixture of highest posterior mean, tried or not, that mean, and its standard deviation.
+
+        Raises:
+          ValueError: nothing has been observed.
+        """
+        self._count(state)
+        greedy = dataclasses.replace(self, acquisition="ucb")
+        with _host():
+            rule = (jnp.asarray(0.0), jnp.asarray(0))
+            _, proposal = _step(greedy, state, self._nothing(), *self._pending(None), jax.random.key(0), rule)
+            mixture, about = self._finish(proposal)
+        return mixture, about.mean, about.stderr
 
     def predict(self, state: Observations, mixtures: object) -> tuple[np.ndarray, np.ndarray]:
         """Posterior mean and standard deviation of the noise-free value, each float64 `[n]`, for `[n, d]` mixtures."""
@@ -158,19 +150,23 @@ class Search:
         padded[:count] = rows
         mean, stderr = np.empty(len(padded)), np.empty(len(padded))
         with _host():
-            posterior = _fitted(state)
+            posteriors = _fitted(self, state)
             for at in range(0, len(padded), QUERIES):
                 part = slice(at, at + QUERIES)
-                mean[part], stderr[part] = _expect(posterior, jnp.asarray(padded[part]))
+                mean[part], stderr[part] = _expect(self, posteriors, jnp.asarray(padded[part]))
         return mean[:count], stderr[:count]
 
-    def _row(self, mixture: object, value: float, stderr: float | None) -> tuple[np.ndarray, float, float, bool]:
-        shares = simplex.check_mixture(mixture, self.num_domains)
-        if not _is_finite(value):
-            raise FeedbackError(f"The feedback is {value!r}; it must be a finite number, higher is better.")
-        if stderr is not None and not (_is_finite(stderr) and stderr >= 0):
-            raise FeedbackError(f"The standard error is {stderr!r}; it must be finite and not negative.")
-        return shares, float(value), float(stderr or 0.0), True
+    def _count(self, state: Observations) -> int:
+        count = int(np.sum(state.mask))
+        if count == 0:
+            raise ValueError("There is no best mixture before the first feedback.")
+        return count
+
+    def _row(self, mixture: object, value: Any, stderr: Any) -> tuple[np.ndarray, Any]:
+        return simplex.check_mixture(mixture, self.num_domains), self.feedback.row(value, stderr, self.num_domains)
+
+    def _nothing(self) -> tuple:
+        return np.zeros(self.num_domains), self.feedback.blank(self.num_domains), False
 
     def _rows(self, mixtures: object) -> np.ndarray:
         # As objects, so that rows of different lengths come as far as the check of each.
@@ -182,8 +178,12 @@ class Search:
         """The same observations in buffers with at least one free row."""
         if not bool(np.asarray(state.mask)[-1]):
             return state
-        grown = [np.concatenate([np.asarray(x), np.zeros_like(np.asarray(x))]) for x in state]
-        return Observations(*map(jnp.asarray, grown))
+
+        def grow(x: Array) -> Array:
+            old = np.asarray(x)
+            return jnp.asarray(np.concatenate([old, np.zeros(((GROWTH - 1) * len(old), *old.shape[1:]), old.dtype)]))
+
+        return jax.tree.map(grow, state)
 
     def _pending(self, pending: object) -> tuple[np.ndarray, np.ndarray]:
         """Pending mixtures in a buffer that doubles when full, and which of its rows are in use."""
@@ -195,53 +195,17 @@ class Search:
         padded[: len(rows)] = rows
         return padded, np.arange(room) < len(rows)
 
-    def _finish(self, mixture: Array, summary: Array) -> tuple[np.ndarray, Diagnostics]:
-        mean, stderr, bound, noise, lengthscale, amplitude, initial = np.asarray(summary).tolist()
-        origin = "initial" if initial else "ucb"
-        diagnostics = Diagnostics(mean, stderr, bound, noise, lengthscale, amplitude, origin)
-        return simplex.renormalise(np.asarray(mixture, np.float64)), diagnostics
+    def _rule(self, state: Observations, row: object = None) -> tuple[Array, Array]:
+        """Beta and the size of the initial design as arguments, so that `recommend` shares the compiled program."""
+        count = int(np.sum(state.mask)) + (row is not None)
+        return jnp.asarray(beta_at(self.schedule, self.beta, jnp.asarray(float(count)))), jnp.asarray(self.initial)
 
-    def _propose(self, state: Observations, pending: Array, pending_mask: Array, key: Array) -> tuple[Array, Array]:
-        key_draws, key_maximise = jax.random.split(key)
-        hyperparameters = fit(state)
-        posterior = condition(hyperparameters, state, pending, pending_mask)
-        draws = simplex.draws(key_draws, RANDOM, self.num_domains)
-        mixture, initial = jax.lax.cond(
-            jnp.sum(state.mask) + jnp.sum(pending_mask) < self.initial,
-            lambda: (self._design(posterior.points, draws), 1.0),
-            lambda: (acquisition.maximise(posterior, draws, self.beta, self.floor, key=key_maximise), 0.0),
-        )
-        mean, deviation = moments(posterior, simplex.hellinger(mixture)[None])
-        mean, deviation = mean[0], deviation[0]
-        spread = posterior.spread
-        summary = jnp.stack(
-            [
-                posterior.centre + spread * mean,
-                spread * deviation,
-                posterior.centre + spread * (mean + self.beta * deviation),
-                spread * jnp.exp(0.5 * hyperparameters.log_noise),
-                jnp.exp(hyperparameters.log_lengthscale),
-                spread * jnp.exp(0.5 * hyperparameters.log_signal),
-                initial,
-            ]
-        )
-        return mixture, summary
-
-    def _design(self, points: tuple[Array, Array], draws: Array) -> Array:
-        """The uniform mixture first, then the random mixture farthest from all there are."""
-        taken, mask = points
-        uniform = jnp.full(self.num_domains, 1 / self.num_domains)
-        candidates = simplex.apply_floor(draws, self.floor)
-        apart = jnp.linalg.norm(simplex.hellinger(candidates)[:, None] - taken[None], axis=-1)
-        nearest = jnp.min(jnp.where(mask[None] > 0, apart, jnp.inf), axis=1)
-        return jnp.where(jnp.any(mask > 0), candidates[jnp.argmax(nearest)], uniform)
-
-
-def _is_finite(number: Any) -> bool:
-    try:
-        return math.isfinite(number)
-    except (TypeError, OverflowError):
-        return False
+    def _finish(self, proposal: Proposal) -> tuple[np.ndarray, Diagnostics]:
+        proposal = jax.device_get(proposal)
+        origin = "initial" if proposal.initial else self.acquisition
+        numbers = {name: float(getattr(proposal, name)) for name in Diagnostics._fields if name != "origin"}
+        mixture = simplex.renormalise(np.array(proposal.mixture, np.float64))
+        return mixture, Diagnostics(**numbers, origin=origin)
 
 
 @contextlib.contextmanager
@@ -261,29 +225,27 @@ def _local(key: Array) -> Array:
 # observations as they are, so that asking and stepping are one program.
 @partial(jax.jit, static_argnums=0)
 def _step(
-    search: Search, state: Observations, row: tuple, pending: Array, pending_mask: Array, key: Array
-) -> tuple[Observations, Array, Array]:
-    state = _insert(state, *row)
-    return state, *search._propose(state, pending, pending_mask, key)
+    search: Search, state: Observations, row: tuple, pending: Array, pending_mask: Array, key: Array, rule: tuple
+) -> tuple[Observations, Proposal]:
+    state = search.insert(state, *row)
+    return state, search.propose(
+        state, key=key, pending=pending, pending_mask=pending_mask, beta=rule[0], initial=rule[1]
+    )
 
 
-@jax.jit
-def _fitted(state: Observations) -> Posterior:
-    nothing = jnp.zeros((0, state.mixtures.shape[1])), jnp.zeros(0, bool)
-    return condition(fit(state), state, *nothing)
+@partial(jax.jit, static_argnums=0)
+def _insert(search: Search, state: Observations, mixture: Array, feedback: Any) -> Observations:
+    return search.insert(state, mixture, feedback)
 
 
-@jax.jit
-def _expect(posterior: Posterior, mixtures: Array) -> tuple[Array, Array]:
-    mean, deviation = moments(posterior, simplex.hellinger(mixtures))
-    return posterior.centre + posterior.spread * mean, posterior.spread * deviation
+@partial(jax.jit, static_argnums=0)
+def _fitted(search: Search, state: Observations) -> list[Posterior]:
+    return search.fitted(state, jnp.zeros((0, search.num_domains)), jnp.zeros(0, bool))
 
 
-def _insert(state: Observations, mixture: Array, value: Array, stderr: Array, present: Array) -> Observations:
-    at = jnp.sum(state.mask)
-    new = (mixture, value, stderr, present)
-    # There is no free row in a full buffer when nothing is inserted; "drop" then writes nothing.
-    return Observations(*(old.at[at].set(x, mode="drop") for old, x in zip(state, new, strict=True)))
-
-
-_append = jax.jit(_insert)
+@partial(jax.jit, static_argnums=0)
+def _expect(search: Search, posteriors: list[Posterior], mixtures: Array) -> tuple[Array, Array]:
+    mean, deviation = search.moments(posteriors, simplex.hellinger(mixtures))
+    if len(posteriors) > 1:
+        return mean, deviation
+    return posteriors[0].centre + posteriors[0].spread * mean, posteriors[0].spread * deviation

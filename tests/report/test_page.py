@@ -6,18 +6,19 @@ import functools
 import html.parser
 import math
 import re
-import types
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 from duet_jax import config as configs
 from duet_jax import recall
 from duet_jax.errors import StudyError
-from duet_jax.report import surrogate, write_report
+from duet_jax.report import figures, surrogate, write_report
 from duet_jax.report.surrogate import believe
-from duet_jax.search import Search
+from duet_jax.search import Constraints, Search
+from duet_jax.search.diagnostics import Effects, LeftOut, Report, diagnose
 from duet_jax.study import Study
 
 NAMES = ("plain", "</pre><script>alert(1)</script>", 'a$b$_c" onload="x', "<img src=https://example.org/x.png>")
@@ -38,12 +39,15 @@ def make_study(folder: Path, told: int, *, names: tuple[str, ...] = NAMES, waiti
     )
     study = Study.create(folder, config)
     rng = np.random.default_rng(0)
+    gaps = {2: 1e-6, 3: 0.0, 4: 1e-9}
     for number in range(told + 1 + waiting):
         shares = np.full(len(names), 1 / len(names)) if number == 0 else rng.dirichlet(np.ones(len(names)))
         study.new_trial(
             mixture={name: float(share) for name, share in zip(names, shares, strict=True)},
             counts={name: int(100 * share) for name, share in zip(names, shares, strict=True)},
-            proposal={"mean": 0.1, "stderr": 0.2, "acquisition": None, "origin": "ucb"} if number else None,
+            proposal={"mean": 0.1, "stderr": 0.2, "acquisition": None, "gap": gaps.get(number), "origin": "ucb"}
+            if number
+            else None,
             seeds={},
         )
         if number < told:
@@ -82,13 +86,21 @@ class Stand:
         distance = np.abs(mixtures[:, None] - seen).sum(-1)
         return values[distance.argmin(1)], distance.min(1) + 0.01
 
-    def ask(self, state: object, *, key: object) -> tuple[None, types.SimpleNamespace]:
-        return None, types.SimpleNamespace(noise=0.125)
+
+def stand_diagnose(_: object, state: list[tuple[np.ndarray, float]]) -> Report:
+    """Stands in for the diagnosis: importances 0.5, 0.6 ... 0.9 in turn, and predictions that are off by 1, 2 ..."""
+    size, values = len(state[0][0]), np.array([value for _, value in state])
+    grid = np.tile(np.linspace(0, 1, 5), (size, 1))
+    effects = Effects(grid, grid, 0.1 + 0 * grid, 0.5 + np.arange(size) % 5 / 10)
+    error = np.arange(len(values)) + 1.0
+    left_out = LeftOut(values, values - error, error, 0 * error + 1, np.array([0.0, 1.0, 1.0]), 0 * error - 1.25)
+    return Report(np.ones(size), np.full(size, 1 / size), effects, left_out, noise=0.125, amplitude=0.75)
 
 
 @pytest.fixture
 def stand(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recall, "Search", Stand)
+    monkeypatch.setattr(surrogate, "diagnose", stand_diagnose)
 
 
 class Elements(html.parser.HTMLParser):
@@ -135,7 +147,7 @@ def test_ids_occur_once_and_references_lead_somewhere(tmp_path: Path) -> None:
     ids = [attributes["id"] for _, attributes in elements if "id" in attributes]
     assert len(ids) == len(set(ids))
     assert set(re.findall(r'(?:href="|url\()#([^")]*)', text)) <= set(ids)
-    assert sum(tag == "svg" for tag, _ in elements) == 6
+    assert sum(tag == "svg" for tag, _ in elements) == 10
 
 
 @pytest.mark.usefixtures("stand")
@@ -151,8 +163,41 @@ def test_the_page_says_what_was_trained_on(tmp_path: Path) -> None:
     text = Elements(write_report(study.folder).read_text(encoding="utf-8")).text
     for words in ("3 of 12 rounds have feedback", "98,765", "is repeated", "3 examples were cut to 256 tokens"):
         assert words in text
-    assert "Learned by the surrogate: 0.12." in text
+    assert "Learned by the surrogate: 0.12, where mixtures differ by about 0.75" in text
     assert "Stated with the feedback (median standard error): 0.05" in text
+
+
+def drawing(page: str, title: str) -> str:
+    """The text of one drawing, "" if the page has none of that title."""
+    found = re.search(rf'<svg [^>]*aria-label="{re.escape(title)}">.*?</svg>', page, re.DOTALL)
+    return found[0] if found else ""
+
+
+@pytest.mark.usefixtures("stand")
+def test_the_page_says_which_domains_matter_and_whether_to_believe_it(tmp_path: Path) -> None:
+    page = write_report(make_study(tmp_path / "study", 6).folder).read_text(encoding="utf-8")
+    shown = Elements(drawing(page, "importance of each domain")).text
+    for words in (*("50 %", "60 %", "70 %", "80 %"), "25 %", "<img src=https"):
+        assert words in shown, words
+    assert drawing(page, "average predicted feedback by share of each domain").count("<path") > 8
+    assert drawing(page, "each feedback predicted from all others")
+    text = " ".join(Elements(page).text.split())
+    assert "Feedback of 6 rounds, each predicted from all others: 0 within the 50 % interval (3.0 expected);" in text
+    assert "6 within the 95 % interval (5.7 expected). The mean log density is -1.25 nats." in text
+
+
+@pytest.mark.usefixtures("stand")
+def test_gaps_are_drawn_where_proposals_have_them(tmp_path: Path) -> None:
+    title = "Frank-Wolfe gap of each proposal"
+    with_gaps = make_study(tmp_path / "with", 4)
+    assert [figures.gap_of(trial) for trial in with_gaps.trials()] == [None, None, 1e-6, 0.0, 1e-9, None]
+    drawn = drawing(write_report(with_gaps.folder).read_text(encoding="utf-8"), title)
+    assert drawn.count("<use ") >= 3 and "1e\N{MINUS SIGN}12" in drawn
+    without = make_study(tmp_path / "without", 1, waiting=0)
+    page = write_report(without.folder).read_text(encoding="utf-8")
+    assert not drawing(page, title) and "Certificate" not in page
+    # One feedback alone is predicted from nothing.
+    assert "Whether to believe it" not in page and drawing(page, "importance of each domain")
 
 
 @pytest.mark.usefixtures("stand")
@@ -185,7 +230,7 @@ def test_the_belief_is_that_of_the_search(tmp_path: Path, told: int, monkeypatch
         assert belief is None
         return
     assert belief is not None
-    search = CACHED(num_domains=3, beta=2.0, floor=0.02, initial=3)
+    search = CACHED(num_domains=3, beta=2.0, initial=3, constraints=Constraints(floor=0.02))
     state = search.init()
     for mixture, value, error in zip(*study.observations(), strict=True):
         state = search.tell(state, mixture, value, error)
@@ -195,9 +240,13 @@ def test_the_belief_is_that_of_the_search(tmp_path: Path, told: int, monkeypatch
     for i, line in enumerate(belief.slices):
         assert line.shares[0] == 0 and line.shares[-1] == 1 and np.all(np.diff(line.shares) > 0)
         assert line.at == belief.mixtures[belief.best, i] and np.all(np.isfinite(line.mean)) and np.all(line.stderr > 0)
+    for one, two in zip(jax.tree.leaves(belief.report), jax.tree.leaves(diagnose(search, state)), strict=True):
+        np.testing.assert_array_equal(one, two)
+    np.testing.assert_allclose(belief.report.left_out.values, belief.values, rtol=1e-9, atol=1e-12)
     # The last point of a line is the domain alone, whatever the best mixture is.
     vertex, _ = search.predict(state, np.eye(3))
     np.testing.assert_allclose([line.mean[-1] for line in belief.slices], vertex, rtol=1e-6)
+    np.testing.assert_allclose(belief.report.effects.mean[:, -1], vertex, rtol=1e-6)
 
 
 def test_lines_pass_through_the_best_mixture() -> None:

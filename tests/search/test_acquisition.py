@@ -1,18 +1,17 @@
-"""The upper confidence bound is maximised where many random mixtures find nothing higher."""
+"""Acquisitions against closed forms and quadrature."""
 
 from __future__ import annotations
-
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import stats
 
-from duet_jax.search import acquisition, simplex
-from duet_jax.search.surrogate import Hyperparameters, Observations, condition
+from duet_jax.search import Search
+from duet_jax.search.acquisition import beta_at, draw, log_expected_improvement
 
-D, N = 4, 16
+D = 3
 
 
 @pytest.fixture(autouse=True)
@@ -21,32 +20,38 @@ def float64():
         yield
 
 
-def posterior(values, seed: int):
-    mixtures = np.random.default_rng(seed).dirichlet(np.ones(D), N)
-    seen = Observations(*map(jnp.asarray, (mixtures, values(mixtures), np.zeros(N), np.arange(N) < 12)))
-    chosen = Hyperparameters(*map(jnp.asarray, (np.log(0.7), 0.0, np.log(0.05))))
-    return jax.jit(condition)(chosen, seen, jnp.zeros((1, D)), jnp.zeros(1, bool))
+def test_log_expected_improvement_is_exact_in_the_bulk_and_the_tail():
+    z = np.array([-30.0, -6.0, -1.0, 0.0, 0.5, 3.0, 40.0])
+    deviation = 0.7
+    found = log_expected_improvement(jnp.asarray(1.0 + z * deviation), jnp.full(len(z), deviation), jnp.asarray(1.0))
+    near = np.log(deviation * (stats.norm.pdf(z) + z * stats.norm.cdf(z)))
+    np.testing.assert_allclose(found[1:], near[1:], rtol=1e-9)
+    # phi(z) (1/z^2 - 3/z^4 + 15/z^6 - ...)
+    tail = stats.norm.logpdf(z[0]) + np.log(z[0] ** -2 - 3 * z[0] ** -4 + 15 * z[0] ** -6) + np.log(deviation)
+    assert float(found[0]) == pytest.approx(tail, rel=1e-8)
+    slope = jax.vmap(jax.grad(lambda m: log_expected_improvement(m, jnp.asarray(0.7), jnp.asarray(1.0))))
+    assert np.all(np.asarray(slope(jnp.linspace(-3e3, 30, 200))) > 0)
 
 
-@partial(jax.jit, static_argnums=1)
-def maximise(fitted, beta: float, key):
-    draws = simplex.draws(key, 512, D)
-    return acquisition.maximise(fitted, draws, beta, 0.0, key=jax.random.fold_in(key, 1))
+def test_schedules():
+    counts = jnp.arange(1.0, 50.0)
+    assert np.all(beta_at("constant", 2.0, counts) == 2.0)
+    assert np.all(np.diff(beta_at("growing", 2.0, counts)) > 0)
+    np.testing.assert_allclose(beta_at("falling", 20.0, jnp.asarray(3.0)), 20 / (2 * np.sqrt(4)))
 
 
-def test_nothing_random_is_higher():
-    bound = jax.jit(acquisition.upper_confidence_bound)
-    many = jnp.concatenate([simplex.draws(jax.random.key(9), 50_000, D), jnp.asarray(simplex.landmarks(D))])
-    for seed in range(10):
-        rng = np.random.default_rng(seed)
-        fitted = posterior(lambda mixtures, rng=rng: rng.standard_normal(len(mixtures)), seed)
-        found = maximise(fitted, 2.0, jax.random.key(seed))
-        reached = float(bound(fitted, simplex.hellinger(found)[None], 2.0)[0])
-        assert reached >= float(jnp.max(bound(fitted, simplex.hellinger(many), 2.0))) - 1e-6
-
-
-def test_an_optimum_at_a_vertex_has_exact_zeros():
-    # Where nothing is known of the mean, the bound is highest farthest from all observations: at a vertex.
-    fitted = posterior(lambda mixtures: np.zeros(len(mixtures)), 0)
-    found = np.asarray(maximise(fitted, 2.0, jax.random.key(0)))
-    np.testing.assert_array_equal(np.sort(found), [0.0, 0.0, 0.0, 1.0])
+@pytest.mark.parametrize("trend", [None, "linear"])
+def test_samples_have_the_moments_of_the_posterior(trend):
+    search = Search(num_domains=D, capacity=16, trend=trend)
+    rng = np.random.default_rng(0)
+    state = search.start()
+    for mixture in rng.dirichlet(np.ones(D), 6):
+        state = search.insert(state, mixture, (np.sin(4 * mixture[0]) + mixture[1], 0.1))
+    [posterior] = search.fitted(state, jnp.zeros((0, D)), jnp.zeros(0, bool))
+    points = jnp.sqrt(jnp.asarray(rng.dirichlet(np.ones(D), 5)))
+    mean, deviation = search.moments([posterior], points)
+    samples = jax.jit(jax.vmap(lambda key: draw(search.surrogate, posterior, 16, key=key)(points)))(
+        jax.random.split(jax.random.key(0), 4000)
+    )
+    np.testing.assert_allclose(samples.mean(0), mean, atol=5 * float(deviation.max()) / 4000**0.5)
+    np.testing.assert_allclose(samples.std(0), deviation, rtol=0.12)

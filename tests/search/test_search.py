@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from duet_jax.errors import FeedbackError
-from duet_jax.search import Search
+from duet_jax.search import Constraints, Group, Scores, Search, simplex
 from duet_jax.search import search as module
+from duet_jax.search.constraints import contains
 
 D = 4
 TARGET = np.array([0.5, 0.3, 0.2, 0.0])
@@ -33,7 +36,7 @@ def told(search: Search, count: int, seed: int = 0):
     return state
 
 
-SEARCH = Search(num_domains=D, floor=0.03)
+SEARCH = Search(num_domains=D, constraints=Constraints(floor=0.03))
 
 
 @settings(max_examples=20, deadline=None)
@@ -46,7 +49,7 @@ def test_proposals_are_mixtures_that_respect_the_floor(count, seed, open_):
     assert math.fsum(mixture) == 1.0
     assert np.all((mixture == 0) | (mixture >= 0.03 * (1 - 1e-9)))
     assert diagnostics.origin == ("initial" if count + open_ < 3 else "ucb")
-    assert diagnostics.stderr > 0 and np.isfinite(diagnostics.acquisition)
+    assert diagnostics.stderr > 0 and np.isfinite(diagnostics.acquisition) == (diagnostics.origin == "ucb")
 
 
 def test_what_is_proposed_is_recorded_to_the_bit():
@@ -59,7 +62,7 @@ def test_what_is_proposed_is_recorded_to_the_bit():
 def test_the_same_key_and_observations_propose_the_same():
     state = told(SEARCH, 6)
     first, _ = SEARCH.ask(state, key=jax.random.key(1))
-    again, _ = Search(num_domains=D, floor=0.03).ask(told(SEARCH, 6), key=jax.random.key(1))
+    again, _ = Search(num_domains=D, constraints=Constraints(floor=0.03)).ask(told(SEARCH, 6), key=jax.random.key(1))
     other, _ = SEARCH.ask(state, key=jax.random.key(2))
     np.testing.assert_array_equal(first, again)
     assert np.abs(first - other).max() < 0.5
@@ -70,8 +73,7 @@ def test_step_is_tell_then_ask():
     mixture = np.array([0.4, 0.4, 0.1, 0.1])
     stepped, proposal, diagnostics = SEARCH.step(state, mixture, -0.1, 0.02, key=jax.random.key(3))
     told_ = SEARCH.tell(state, mixture, -0.1, 0.02)
-    for one, two in zip(stepped, told_, strict=True):
-        np.testing.assert_array_equal(one, two)
+    jax.tree.map(np.testing.assert_array_equal, stepped, told_)
     expected, expected_diagnostics = SEARCH.ask(told_, key=jax.random.key(3))
     np.testing.assert_allclose(proposal, expected, atol=1e-9)
     assert diagnostics.mean == pytest.approx(expected_diagnostics.mean, abs=1e-9)
@@ -98,9 +100,9 @@ def test_buffers_grow_without_loss_and_compile_once_per_size():
         stderr = 0.1 if i % 4 else None
         state, _, _ = search.step(state, mixture, float(i), stderr, key=jax.random.key(i), pending=pending)
         search.ask(state, key=jax.random.key(i), pending=pending)
-    assert state.mixtures.shape == (8, D) and bool(np.all(state.mask))
-    np.testing.assert_allclose(np.asarray(state.mixtures), mixtures)
-    np.testing.assert_array_equal(np.asarray(state.values), np.arange(8))
+    assert state.mixtures.shape == (16, D) and int(np.sum(state.mask)) == 8
+    np.testing.assert_allclose(np.asarray(state.mixtures)[:8], mixtures)
+    np.testing.assert_array_equal(np.asarray(state.feedback.values)[:8, 0], np.arange(8))
     assert module._step._cache_size() == before + 2
 
 
@@ -159,7 +161,7 @@ def test_coarse_equal_and_extreme_feedback_give_mixtures():
             state = SEARCH.tell(state, mixture, value)
         mixture, diagnostics = SEARCH.ask(state, key=jax.random.key(0))
         assert math.fsum(mixture) == 1.0 and np.all(mixture >= 0)
-        assert np.all(np.isfinite(diagnostics[:-1])) and diagnostics.stderr > 0
+        assert np.all(np.isfinite(diagnostics[:-1])) and diagnostics.stderr > 0, diagnostics
     # Equal up to rounding: there is no scale, and none is made of rounding errors.
     same = SEARCH.init()
     for mixture in mixtures:
@@ -170,14 +172,14 @@ def test_coarse_equal_and_extreme_feedback_give_mixtures():
 def test_runs_on_the_host_whatever_the_default_device_is():
     code = """
 import jax, numpy as np
-from duet_jax.search import Search
+from duet_jax.search import Constraints, Group, Scores, Search
 search = Search(num_domains=3, capacity=4)
 key = jax.device_put(jax.random.key(0), jax.devices()[1])
 with jax.default_device(jax.devices()[1]):
     state, one, _ = search.step(search.init(), [0.2, 0.3, 0.5], 1.0, key=key)
 two, _ = search.ask(state, key=jax.random.key(0))
-assert state.values.devices() == {jax.devices()[0]}, state.values.devices()
-assert one.tolist() == two.tolist() and state.values.dtype == np.float64
+assert state.mixtures.devices() == {jax.devices()[0]}, state.mixtures.devices()
+assert one.tolist() == two.tolist() and state.mixtures.dtype == np.float64
 assert jax.numpy.ones(1).dtype == np.float32
 """
     environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
@@ -218,7 +220,156 @@ def test_no_global_setting_changes():
     assert not jax.config.jax_enable_x64
 
 
-@pytest.mark.parametrize("bad", [{"num_domains": 1}, {"floor": 0.5}, {"beta": -1.0}, {"initial": 0}])
+@pytest.mark.parametrize(
+    "bad", [{"num_domains": 1}, {"constraints": Constraints(floor=1.5)}, {"beta": -1.0}, {"initial": -1}]
+)
 def test_bad_settings(bad):
     with pytest.raises(ValueError):
         Search(**{"num_domains": D, **bad})
+
+
+def test_at_most_three_compilations_from_1_to_200_observations():
+    search = Search(num_domains=3, beta=1.7)
+    before = module._step._cache_size()
+    rng = np.random.default_rng(0)
+    state = search.init()
+    for i, mixture in enumerate(rng.dirichlet(np.ones(3), 200)):
+        value = float(mixture @ [1, 2, 3])
+        if i in (0, 1, 14, 15, 16, 17, 62, 63, 64, 65, 150, 198, 199):
+            state, proposal, _ = search.step(state, mixture, value, key=jax.random.key(0))
+            assert np.all(proposal >= 0) and math.fsum(proposal) == 1.0
+        else:
+            state = search.tell(state, mixture, value)
+    assert module._step._cache_size() - before <= 3
+    assert state.mixtures.shape[0] == 256
+
+
+def test_a_whole_study_is_one_program_under_scan_and_vmap():
+    search = Search(num_domains=3, capacity=8)
+    target = jnp.array([0.6, 0.4, 0.0])
+
+    def study(key):
+        def round_(state, key):
+            proposal = search.propose(state, key=key)
+            value = -jnp.sum((simplex.hellinger(proposal.mixture) - jnp.sqrt(target)) ** 2)
+            return search.insert(state, proposal.mixture, (value, 0.0)), (proposal.mixture, value)
+
+        return jax.lax.scan(round_, search.start(), jax.random.split(key, 8))[1]
+
+    with jax.enable_x64(True):
+        mixtures, values = jax.jit(jax.vmap(study))(jax.random.split(jax.random.key(0), 3))
+        alone, _ = jax.jit(study)(jax.random.split(jax.random.key(0), 3)[1])
+    mixtures, values, alone = map(np.asarray, (mixtures, values, alone))
+    assert mixtures.shape == (3, 8, 3) and mixtures.dtype == np.float64
+    np.testing.assert_allclose(mixtures[1], alone, atol=1e-6)
+    np.testing.assert_allclose(mixtures.sum(-1), 1, atol=1e-12)
+    assert np.all(values.max(axis=1) > -0.02) and np.all(values.max(axis=1) > values[:, 0] + 0.1)
+
+
+def test_float32_agrees_with_float64_within_the_noise_floor():
+    search = Search(num_domains=3, capacity=16)
+    rng = np.random.default_rng(0)
+    told_ = [(m, -float(((m - 0.3) ** 2).sum()) + 0.05 * rng.standard_normal()) for m in rng.dirichlet(np.ones(3), 10)]
+    results = []
+    for wide in (True, False):
+        with jax.enable_x64(wide):
+            state = search.start()
+            for mixture, value in told_:
+                state = search.insert(state, jnp.asarray(mixture), (value, 0.05))
+            proposal = jax.jit(search.propose)(state, key=jax.random.key(0))
+            assert proposal.mixture.dtype == (np.float64 if wide else np.float32)
+            results.append(proposal)
+    wide, narrow = results
+    # The floor adds a tenth of the feedback's standard deviation as noise, and the draws differ.
+    np.testing.assert_allclose(narrow.mean, wide.mean, atol=0.3 * float(wide.amplitude))
+    np.testing.assert_allclose(narrow.acquisition, wide.acquisition, atol=0.15 * float(wide.amplitude))
+    assert np.all(np.isfinite(np.asarray(narrow.mixture))) and abs(float(narrow.mixture.sum()) - 1) < 1e-6
+
+
+@pytest.mark.parametrize("acquisition", ["log_ei", "thompson"])
+def test_other_acquisitions_find_the_optimum(acquisition):
+    search = Search(num_domains=D, acquisition=acquisition)
+    state = search.init()
+    mixture, _ = search.ask(state, key=jax.random.key(0))
+    for i in range(16):
+        state, mixture, diagnostics = search.step(state, mixture, objective(mixture), key=jax.random.key(i))
+    assert diagnostics.origin == acquisition
+    best, mean, stderr = search.recommend(state)
+    assert objective(best) > -0.01 and abs(mean - objective(best)) < 4 * stderr + 0.01
+
+
+def test_the_best_of_several_tasks():
+    # One task wants the first domain and has large units, the other wants the second.
+    search = Search(num_domains=3, feedback=Scores(weights=(0.5, 0.5)))
+    state = search.init()
+    for mixture in np.random.default_rng(0).dirichlet(np.ones(3), 12):
+        values = [-1e4 * (1 - mixture[0]) ** 2, -((1 - mixture[1]) ** 2)]
+        state = search.tell(state, mixture, values, [1e2, 1e-2])
+    best, _, _ = search.recommend(state)
+    assert best[2] < 0.05 and 0.3 < best[0] < 0.7
+    with pytest.raises(FeedbackError, match="2 finite numbers"):
+        search.tell(state, np.full(3, 1 / 3), 1.0)
+
+
+def test_proposals_keep_all_constraints():
+    constraints = Constraints(
+        minimum=(0.1, 0, 0, 0), maximum=(1, 0.5, 0.25, 0.25), groups=(Group((2, 3), 0.1, 0.4),), floor=0.05, most=3
+    )
+    search = Search(num_domains=D, constraints=constraints)
+    state = search.init()
+    mixture, _ = search.ask(state, key=jax.random.key(0))
+    for i in range(8):
+        assert bool(contains(mixture, constraints, D)), mixture
+        state, mixture, _ = search.step(state, mixture, objective(mixture), key=jax.random.key(i))
+    assert bool(contains(search.recommend(state)[0], constraints, D))
+
+
+def test_a_prior_mixture_pulls():
+    prior = (0.1, 0.1, 0.1, 0.7)
+    distances = []
+    for penalty in (0.0, 3.0, 100.0):
+        search = Search(num_domains=D, prior=prior, penalty=penalty)
+        mixture, _ = search.ask(told(search, 8), key=jax.random.key(0))
+        distances.append(np.abs(mixture - prior).sum())
+    assert distances[0] > distances[1] > distances[2] and distances[2] < 0.1
+
+
+def test_batches_are_apart_and_reproducible():
+    state = told(SEARCH, 8)
+    mixtures, diagnostics = SEARCH.ask_batch(state, 3, key=jax.random.key(0))
+    again, _ = SEARCH.ask_batch(state, 3, key=jax.random.key(0))
+    np.testing.assert_array_equal(mixtures, again)
+    assert mixtures.shape == (3, D) and len(diagnostics) == 3
+    assert min(np.abs(mixtures[i] - mixtures[j]).max() for i in range(3) for j in range(i)) > 1e-3
+
+
+def test_a_search_goes_on_from_its_serialised_state_to_the_bit():
+    state = told(SEARCH, 7)
+    file = io.BytesIO()
+    leaves, structure = jax.tree.flatten(state)
+    np.savez(file, *leaves)
+    file.seek(0)
+    restored = jax.tree.unflatten(structure, list(np.load(file).values()))
+    one, _ = SEARCH.ask(state, key=jax.random.key(4))
+    two, _ = SEARCH.ask(restored, key=jax.random.key(4))
+    np.testing.assert_array_equal(one, two)
+
+
+@pytest.mark.parametrize("size", [2, 64])
+def test_few_and_many_domains(size):
+    search = Search(num_domains=size)
+    state, rng = search.init(), np.random.default_rng(0)
+    mixture, _ = search.ask(state, key=jax.random.key(0))
+    for i in range(5):
+        state, mixture, diagnostics = search.step(state, mixture, float(rng.standard_normal()), key=jax.random.key(i))
+        assert math.fsum(mixture) == 1.0 and np.all(mixture >= 0)
+    assert np.all(np.isfinite(diagnostics[:-1]))
+
+
+@pytest.mark.slow
+def test_five_hundred_observations():
+    search = Search(num_domains=D, capacity=500)
+    state = told(search, 500)
+    mixture, diagnostics = search.ask(state, key=jax.random.key(0))
+    assert math.fsum(mixture) == 1.0 and np.all(np.isfinite(diagnostics[:-1]))
+    assert objective(search.recommend(state)[0]) > -0.01

@@ -1,0 +1,242 @@
+"""How good is the recommended mixture after some rounds, on objectives whose optimum is known?
+
+Every seed draws an objective and its noise (search_objectives.py), the same for all methods:
+
+  search    ours
+  random    Dirichlet draws, the recommendation by our surrogate, so that only what is tried differs
+  uniform   equal shares, nothing tried
+  law       the same draws; c - exp(b + t.r) fitted by least squares, the recommendation is its optimum
+  botorch   BoTorch, tuned (peers/botorch_search.py); `botorch-ei` (on demand) with log expected improvement
+  loop      BoTorch inside the loop of DUET's public code, defects included
+
+Regret is in units of the objective's standard deviation over random mixtures, at least 1e-6. A cell is an objective,
+a number of domains and a kind of feedback; ours wins or loses it if the 95% paired bootstrap interval of the mean
+difference of log10 regrets excludes 0. Every regret is appended to a file as it comes, and not computed again.
+
+    python benchmarks/search_regret.py
+    python benchmarks/search_regret.py --domains 3 9 20 --seeds 50 --feedback gaussian known stars --peer-python PYTHON
+    python benchmarks/search_regret.py --domains 3 9 20 --seeds 50 --report --output    # what there is so far
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+from scipy.optimize import least_squares
+from search_common import HERE, MISSING, ask_botorch, make_search, parse, recommend, write
+from search_objectives import KINDS, NAMES, Feedback, Objective, draw
+
+LEAST = 1e-6
+PEERS = {"botorch": "tuned", "loop": "loop", "botorch-ei": "tuned-ei"}
+
+
+def run_search(objective: Objective, feedback: Feedback, rounds: int, seed: int) -> np.ndarray:
+    search = make_search(len(objective.best))
+    state, key = search.init(), jax.random.key(seed)
+    for number in range(rounds):
+        mixture, _ = search.ask(state, key=jax.random.fold_in(key, number))
+        state = search.tell(state, mixture, *feedback(objective(mixture), number))
+    return recommend(search, state)
+
+
+def random_rounds(objective: Objective, feedback: Feedback, rounds: int, seed: int) -> tuple[np.ndarray, list]:
+    mixtures = np.random.default_rng([seed, 2]).dirichlet(np.ones(len(objective.best)), rounds)
+    return mixtures, [feedback(objective(mixture), number) for number, mixture in enumerate(mixtures)]
+
+
+def run_random(objective: Objective, feedback: Feedback, rounds: int, seed: int) -> np.ndarray:
+    search = make_search(len(objective.best))
+    state = search.init()
+    for mixture, heard in zip(*random_rounds(objective, feedback, rounds, seed), strict=True):
+        state = search.tell(state, mixture, *heard)
+    return recommend(search, state)
+
+
+def run_uniform(objective: Objective, feedback: Feedback, rounds: int, seed: int) -> np.ndarray:
+    return np.full(len(objective.best), 1 / len(objective.best))
+
+
+def run_law(objective: Objective, feedback: Feedback, rounds: int, seed: int) -> np.ndarray:
+    mixtures, heard = random_rounds(objective, feedback, rounds, seed)
+    slopes = fit_law(mixtures, np.array([value for value, _ in heard]))
+    # A monotone function of a linear one: its optimum is a vertex.
+    return np.eye(len(slopes))[np.argmin(slopes)]
+
+
+def fit_law(mixtures: np.ndarray, values: np.ndarray, ridge: float = 1e-2) -> np.ndarray:
+    """The slopes t of `c - exp(b + t.r)`, by least squares with a little ridge: there may be fewer values."""
+    values = (values - values.mean()) / (values.std() or 1.0)
+
+    def residuals(numbers: np.ndarray) -> np.ndarray:
+        exponent = np.minimum(numbers[1] + mixtures @ numbers[2:], 20.0)
+        return np.concatenate([numbers[0] - np.exp(exponent) - values, ridge * numbers[2:]])
+
+    def jacobian(numbers: np.ndarray) -> np.ndarray:
+        falls = -np.exp(np.minimum(numbers[1] + mixtures @ numbers[2:], 20.0))[:, None]
+        top = np.concatenate([np.ones_like(falls), falls, falls * mixtures], 1)
+        size = mixtures.shape[1]
+        return np.concatenate([top, np.concatenate([np.zeros((size, 2)), ridge * np.eye(size)], 1)])
+
+    start = np.concatenate([[1.0, 0.0], np.zeros(mixtures.shape[1])])
+    return least_squares(residuals, start, jacobian, max_nfev=200).x[2:]
+
+
+OURS: dict[str, Callable[[Objective, Feedback, int, int], np.ndarray]] = {
+    "search": run_search,
+    "random": run_random,
+    "uniform": run_uniform,
+    "law": run_law,
+}
+
+
+class Cells:
+    """Regrets by cell, method and seed, kept in a file of JSON lines; several processes may append to it."""
+
+    def __init__(self, path: Path, rounds: int, fraction: float) -> None:
+        self.path, self.settings = path, {"rounds": rounds, "fraction": fraction}
+        self.regrets: dict[tuple, dict[int, float]] = {}
+        self.versions: dict[str, str] = {}
+        lines = path.read_text().splitlines() if path.exists() else []
+        for line in lines:
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:  # The process was killed while it wrote.
+                continue
+            if all(row[name] == value for name, value in self.settings.items()):
+                self._keep(row)
+
+    def _keep(self, row: dict) -> None:
+        at = (row["objective"], row["domains"], row["feedback"], row["method"])
+        self.regrets.setdefault(at, {})[row["seed"]] = row["regret"]
+        self.versions |= row.get("versions", {})
+
+    def add(self, row: dict) -> None:
+        self._keep(row)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a") as file:
+            file.write("\n" * self._broken() + json.dumps({**row, **self.settings}) + "\n")
+
+    def _broken(self) -> bool:
+        """Whether the last line was never finished."""
+        with self.path.open("rb") as file:
+            if file.seek(0, 2) == 0:
+                return False
+            file.seek(-1, 2)
+            return file.read() != b"\n"
+
+    def missing(self, at: tuple, seeds: int) -> list[int]:
+        done = self.regrets.get(at, {})
+        return [seed for seed in range(seeds) if seed not in done]
+
+    def logs(self, at: tuple, seeds: list[int]) -> np.ndarray:
+        return np.log10([max(self.regrets[at][seed], LEAST) for seed in seeds])
+
+
+def compute(cells: Cells, at: tuple, seeds: int, peer_python: str | None) -> None:
+    """The regrets of a cell and a method that are missing."""
+    name, size, kind, method = at
+    rounds, fraction = cells.settings["rounds"], cells.settings["fraction"]
+    row = {"objective": name, "domains": size, "feedback": kind, "method": method}
+    missing = cells.missing(at, seeds)
+    if method in OURS:
+        for seed in missing:
+            objective = draw(name, size, seed)
+            feedback = Feedback.draw(kind, objective, rounds, seed, fraction)
+            mixture = OURS[method](objective, feedback, rounds, seed)
+            cells.add({**row, "seed": seed, "regret": objective.regret(mixture)})
+    elif missing and peer_python:
+        request = {"task": "study", "mode": PEERS[method], "seeds": missing, **row, **cells.settings}
+        for answer in ask_botorch(peer_python, request):
+            cells.add({**row, **{key: answer[key] for key in ("seed", "regret", "failures", "versions")}})
+
+
+def bootstrap(differences: np.ndarray, draws: int = 4000) -> tuple[float, float]:
+    """95% interval of the mean."""
+    picks = np.random.default_rng(0).integers(0, len(differences), (draws, len(differences)))
+    low, high = np.quantile(differences[picks].mean(1), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def summarise(cells: Cells, place: tuple, methods: list[str], seeds: int) -> dict:
+    """The mean log10 regret of each method in a cell, and the differences of ours to it on the seeds of both."""
+    row: dict = dict(zip(("objective", "domains", "feedback"), place, strict=True))
+    ours = cells.regrets.get((*place, "search"), {})
+    for method in methods:
+        theirs = cells.regrets.get((*place, method), {})
+        common = [seed for seed in range(seeds) if seed in ours and seed in theirs]
+        if not common:
+            continue
+        logs = cells.logs((*place, method), common)
+        row[method] = {"seeds": len(common), "log10_regret": float(logs.mean())}
+        if method != "search":
+            differences = cells.logs((*place, "search"), common) - logs
+            low, high = bootstrap(differences)
+            verdict = "won" if high < 0 else "lost" if low > 0 else "tied"
+            row[method] |= {"difference": float(differences.mean()), "interval": [low, high], "verdict": verdict}
+    return row
+
+
+def show(row: dict, methods: list[str]) -> str:
+    text = f"{row['objective']:18} {row['domains']:3} {row['feedback']:8}"
+    for method in methods:
+        cell = row.get(method)
+        mark = {"won": "+", "lost": "-"}.get(cell.get("verdict", ""), " ") if cell else ""
+        text += f" {cell['log10_regret']:9.2f}{mark}" if cell else f" {'':10}"
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--objectives", nargs="+", default=list(NAMES), choices=NAMES, metavar="NAME")
+    parser.add_argument("--domains", type=int, nargs="+", default=[3, 9])
+    parser.add_argument("--feedback", nargs="+", default=["gaussian"], choices=KINDS)
+    parser.add_argument("--methods", nargs="+", default=[*OURS, "botorch", "loop"], choices=[*OURS, *PEERS])
+    parser.add_argument("--seeds", type=int, default=3, help="objectives per cell (default 3)")
+    parser.add_argument("--rounds", type=int, default=30, help="scores per search (default 30)")
+    parser.add_argument("--noise", type=float, default=0.2, help="of a score, in units of the scale (default 0.2)")
+    parser.add_argument("--peer-python", help="a Python with torch and botorch")
+    parser.add_argument(
+        "--cells", type=Path, default=HERE / "results" / "search_regret.jsonl", help="where to continue"
+    )
+    parser.add_argument("--report", action="store_true", help="compute nothing")
+    options = parse(parser, "search_regret")
+    if not options.report and not options.peer_python and set(options.methods) & set(PEERS):
+        print(MISSING)
+
+    cells = Cells(options.cells, options.rounds, options.noise)
+    places = list(itertools.product(options.objectives, options.domains, options.feedback))
+    print(
+        f"mean log10 regret (+ ours is better, - worse)\n{'':31}" + "".join(f" {name:>10}" for name in options.methods)
+    )
+    rows = []
+    for place in places:
+        if not options.report:
+            for method in options.methods:
+                compute(cells, (*place, method), options.seeds, options.peer_python)
+        rows.append(summarise(cells, place, options.methods, options.seeds))
+        print(show(rows[-1], options.methods), flush=True)
+
+    print(f"\n{'rival':11} {'cells':>5} {'won':>5} {'tied':>5} {'lost':>5} {'won share':>9} {'mean difference':>16}")
+    rivals = {}
+    for method in options.methods:
+        found = [row[method] for row in rows if "verdict" in row.get(method, {})]
+        if not found:
+            continue
+        counts = {verdict: sum(cell["verdict"] == verdict for cell in found) for verdict in ("won", "tied", "lost")}
+        mean = float(np.mean([cell["difference"] for cell in found]))
+        rivals[method] = {"cells": len(found), **counts, "difference": mean}
+        print(
+            f"{method:11} {len(found):5} {counts['won']:5} {counts['tied']:5} {counts['lost']:5} "
+            f"{counts['won'] / len(found):9.2f} {mean:16.3f}"
+        )
+    write(options.output, options, {"rivals": rivals, "cells": rows}, cells.versions)
+
+
+if __name__ == "__main__":
+    main()

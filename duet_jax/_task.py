@@ -1,0 +1,100 @@
+"""The part of a configuration that says what the unseen task is."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from duet_jax._checks import FieldError, at_least, require
+
+BuiltIn = Literal["response_loss", "perplexity", "multiple_choice", "exact_match", "token_f1"]
+TaskKind = Literal[BuiltIn, "sum", "python", "command", "external"]
+
+
+def check_rows(config: Any) -> None:
+    """Checks the fields that say which rows of a file are read, of a domain or a task."""
+    for name in ("source", "split", "prompt", "response", "messages"):
+        require(getattr(config, name) != "", name, "", "a text that is not empty")
+    if config.max_examples is not None:
+        at_least(1, config, "max_examples")
+    if config.options and not str(config.source).startswith("synthetic:"):
+        raise FieldError("options", f"are for synthetic data, but the source is {config.source!r}; leave them out.")
+
+
+# The fields that a kind of task uses; any other must be left at its default.
+_ROWS = {"source", "split", "prompt", "response", "messages", "max_examples", "options", "batch_size"}
+_TASK_FIELDS: dict[str, set[str]] = {
+    "response_loss": _ROWS,
+    "perplexity": _ROWS,
+    "multiple_choice": _ROWS | {"normalisation"},
+    "exact_match": _ROWS | {"max_new_tokens"},
+    "token_f1": _ROWS | {"max_new_tokens"},
+    "sum": {"tasks"},
+    "python": {"function"},
+    "command": {"command"},
+    "external": set(),
+}
+_TASK_NEEDS = {"sum": "tasks", "python": "function", "command": "command"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskConfig:
+    """The unseen task. The search hears its score and nothing else.
+
+    Attributes:
+      kind: what is measured; "external" feedback is told with `duet tell`.
+      source, split, prompt, response, messages, max_examples, options: rows, as of a domain.
+      batch_size: examples in a forward pass.
+      normalisation: of a choice's log-likelihood: none, or by its length in bytes.
+      max_new_tokens: of a generated answer.
+      tasks: the parts of a "sum".
+      function: "module:callable" of kind "python".
+      command: program and arguments of kind "command".
+    """
+
+    kind: TaskKind
+    source: str | None = None
+    split: str = "test"
+    prompt: str = "prompt"
+    response: str = "response"
+    messages: str | None = None
+    max_examples: int | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    batch_size: int = 8
+    normalisation: Literal["raw", "length"] = "raw"
+    max_new_tokens: int = 64
+    tasks: tuple[WeightedTask, ...] = ()
+    function: str | None = None
+    command: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        used = _TASK_FIELDS[self.kind]
+        for each in dataclasses.fields(self):
+            default = each.default_factory() if callable(each.default_factory) else each.default
+            if each.name not in used | {"kind"} and getattr(self, each.name) != default:
+                raise FieldError(each.name, f"has no meaning for a task of kind {self.kind!r}; leave it out.")
+        needed = "source" if "source" in used else _TASK_NEEDS.get(self.kind)
+        if needed is not None and not getattr(self, needed):
+            raise FieldError(needed, f"is missing; a task of kind {self.kind!r} needs it.")
+        if "source" in used:
+            check_rows(self)
+        if self.function is not None:
+            named = re.fullmatch(r"[\w.]+:\w+", self.function) is not None
+            require(named, "function", self.function, "of the form module:callable")
+        at_least(1, self, "batch_size", "max_new_tokens")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightedTask:
+    """One part of a sum of tasks."""
+
+    weight: float
+    task: TaskConfig
+
+    def __post_init__(self) -> None:
+        require(self.weight != 0, "weight", self.weight, "a number other than 0")
+        if self.task.kind not in (*get_args(BuiltIn), "sum"):
+            raise FieldError("task.kind", f"is {self.task.kind!r}; the parts of a sum must be built-in tasks.")

@@ -1,0 +1,255 @@
+"""One round of the outer search as a pure function: record, fit, propose."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from duet_jax.search import simplex
+from duet_jax.search.acquisition import Schedule, beta_at, draw, log_expected_improvement
+from duet_jax.search.constraints import Constraints, bounds, project, support
+from duet_jax.search.kernel import Map
+from duet_jax.search.maximise import maximise
+from duet_jax.search.observations import Kind, Observations, Scores
+from duet_jax.search.surrogate import Posterior, Surrogate
+
+# Random candidates, and the best observations around which candidates are tried.
+RANDOM, CENTRES = 512, 8
+
+
+class Proposal(NamedTuple):
+    """What the program returns: a mixture and what the surrogate thinks of it, in units of the feedback.
+
+    With feedback of several tasks the units are those of the weighted sum of standardised values.
+
+    Attributes:
+      mixture: `[d]`.
+      mean, stderr: of the noise-free value of the mixture.
+      acquisition: its upper confidence bound, log expected improvement or sampled value; -inf in the initial design,
+        which maximises nothing.
+      gap: Frank-Wolfe gap of the standardised acquisition: to first order no other allowed mixture is better by more
+        than this; inf in the initial design.
+      noise: learned standard deviation of the feedback's noise.
+      lengthscale: common lengthscale in the map; on the Hellinger map, vertices are sqrt 2 apart.
+      amplitude: prior standard deviation of the value.
+      initial: whether it belongs to the space-filling design.
+    """
+
+    mixture: Array
+    mean: Array
+    stderr: Array
+    acquisition: Array
+    gap: Array
+    noise: Array
+    lengthscale: Array
+    amplitude: Array
+    initial: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What a search is, and what its rounds compute: pure functions on arrays of any float type.
+
+    They compose with jit, vmap, scan and shard; nothing is checked in them.
+
+    A proposal is a function of the observations, the pending mixtures and the key alone: the fit starts from the same
+    points whatever came before, so that a search rebuilt from its feedback goes on as the one that was lost.
+
+    Attributes:
+      num_domains: d, at least 2.
+      capacity: rows of a new buffer.
+      acquisition: "ucb" (Srinivas et al. 2010), "log_ei" (Ament et al. 2023) or "thompson".
+      beta: standard deviations that the upper confidence bound adds to the mean.
+      schedule: how beta changes with the number of observations, see `acquisition.beta_at`.
+      initial: size of the space-filling design.
+      constraints: which mixtures may be proposed.
+      prior: a mixture towards which proposals are pulled, or ().
+      penalty: standardised value that a proposal gives up per nat of divergence from `prior`.
+      map, ard, trend: of the surrogate, see `Surrogate`.
+      feedback: what is told, see `Scores` and its neighbours.
+    """
+
+    num_domains: int
+    capacity: int = 16
+    acquisition: Literal["ucb", "log_ei", "thompson"] = "ucb"
+    beta: float = 2.0
+    schedule: Schedule = "constant"
+    initial: int = 3
+    constraints: Constraints = Constraints()
+    prior: tuple[float, ...] = ()
+    penalty: float = 0.0
+    map: Map = "hellinger"
+    ard: bool = True
+    trend: Literal["linear", "log"] | tuple[float, ...] | None = None
+    feedback: Kind = Scores()
+
+    def __post_init__(self) -> None:
+        if self.num_domains < 2:
+            raise ValueError(f"num_domains is {self.num_domains}; a mixture needs at least 2 domains.")
+        if self.beta < 0 or self.penalty < 0 or self.initial < 0 or self.capacity < 1:
+            raise ValueError(
+                f"beta={self.beta}, penalty={self.penalty} and initial={self.initial} must not be negative, and "
+                f"capacity={self.capacity} must be at least 1."
+            )
+        self.constraints.check(self.num_domains)
+        if self.penalty and not self.prior:
+            raise ValueError(f"penalty is {self.penalty}, but there is no prior mixture to be pulled towards.")
+        if self.prior:
+            simplex.check_mixture(self.prior, self.num_domains)
+        if isinstance(self.trend, tuple) and len(self.trend) != self.num_domains:
+            raise ValueError(f"trend has {len(self.trend)} utilities; it must have one for each domain.")
+
+    @property
+    def surrogate(self) -> Surrogate:
+        return Surrogate(self.num_domains, self.map, self.ard, self.trend)
+
+    def start(self, dtype: Any = None) -> Observations:
+        """Empty buffers of a float type, by default the widest that is enabled."""
+        row = self.feedback.blank(self.num_domains)
+        empty = jax.tree.map(lambda x: jnp.zeros((self.capacity, *np.shape(x)), dtype or float), row)
+        return Observations(
+            jnp.zeros((self.capacity, self.num_domains), dtype or float),
+            jnp.zeros((self.capacity, 0), dtype or float),
+            empty,
+            jnp.zeros(self.capacity, bool),
+        )
+
+    def insert(self, state: Observations, mixture: Array, feedback: Any, present: Any = True) -> Observations:
+        """The observations and one more; as they were if not `present`. Nothing is checked, and a full buffer drops it.
+
+        Args:
+          mixture: `[d]`.
+          feedback: a row of the kind of feedback; for one task's score, `(value, stderr)`.
+        """
+        at = jnp.sum(state.mask)
+        row = jax.tree.unflatten(jax.tree.structure(state.feedback), jax.tree.leaves(feedback))
+        new = Observations(mixture, state.settings[0], row, jnp.asarray(True))
+        added = jax.tree.map(lambda old, x: old.at[at].set(jnp.reshape(x, old.shape[1:]), mode="drop"), state, new)
+        return jax.tree.map(partial(jnp.where, present), added, state)
+
+    def fitted(self, state: Observations, pending: Array, pending_mask: Array) -> list[Posterior]:
+        """The surrogate of each task, conditioned on all observations."""
+        surrogate = self.surrogate
+        later = surrogate.inputs(simplex.hellinger(pending), pending_mask)
+
+        def fit(task: int) -> Posterior:
+            problem = self.feedback.problem(surrogate, state, task)
+            return surrogate.condition(*surrogate.fit(problem, self.feedback.likelihood), later)
+
+        return [fit(task) for task in range(len(self.feedback.weights))]
+
+    def moments(self, posteriors: list[Posterior], points: Array) -> tuple[Array, Array]:
+        """Mean and standard deviation, standardised, of the weighted sum of tasks at points `[m, d]`."""
+        mean, variance = jnp.zeros(points.shape[0], points.dtype), jnp.zeros(points.shape[0], points.dtype)
+        for weight, posterior in zip(self.feedback.weights, posteriors, strict=True):
+            one, deviation = self.surrogate.moments(posterior, points)
+            mean, variance = mean + weight * one, variance + (weight * deviation) ** 2
+        return mean, jnp.sqrt(variance)
+
+    def propose(
+        self,
+        state: Observations,
+        *,
+        key: Array,
+        pending: Array | None = None,
+        pending_mask: Array | None = None,
+        beta: Array | None = None,
+        initial: Array | None = None,
+    ) -> Proposal:
+        """Fits the surrogate and maximises the acquisition.
+
+        Args:
+          state: in buffers of any capacity.
+          key: a typed PRNG key.
+          pending: `[p, d]` mixtures whose feedback has not come, from which the proposal keeps away.
+          pending_mask: bool `[p]`, True for rows in use.
+          beta, initial: in place of the search's own.
+        """
+        dtype = state.mixtures.dtype
+        if pending is None:
+            pending = jnp.zeros((0, self.num_domains), dtype)
+        if pending_mask is None:
+            pending_mask = jnp.ones(pending.shape[0], bool)
+        key_draws, key_maximise, key_sample = jax.random.split(key, 3)
+        posteriors = self.fitted(state, pending, pending_mask)
+        draws = simplex.draws(key_draws, RANDOM, self.num_domains).astype(dtype)
+        points = simplex.hellinger(jnp.concatenate([state.mixtures, pending]))
+        taken = jnp.concatenate([state.mask, pending_mask])
+        count = jnp.sum(taken)
+        if beta is None:
+            beta = beta_at(self.schedule, self.beta, jnp.sum(state.mask))
+
+        # Rows that are masked out are no mixtures, and never taken for a centre.
+        means = jnp.where(taken, self.moments(posteriors, points)[0], -jnp.inf)
+        _, best = jax.lax.top_k(means, min(CENTRES, len(means)))
+        centres = points[jnp.where(taken[best], best, best[0])]
+        observed = len(state.mask)
+        highest = jnp.max(jnp.where(state.mask, means[:observed], -jnp.inf))
+        highest = jnp.where(jnp.any(state.mask), highest, 0.0)
+        score = self._score(posteriors, observed, highest, beta, key_sample)
+        found = maximise(score, centres, draws, self.constraints, key=key_maximise)
+        first = count < (self.initial if initial is None else initial)
+        point = jnp.where(first, self._design(points, taken, draws), found.point)
+        mean, deviation = (x[0] for x in self.moments(posteriors, point[None]))
+        single = len(posteriors) == 1
+        centre, spread = (posteriors[0].centre, posteriors[0].spread) if single else (0.0, 1.0)
+        value = jnp.where(first, -jnp.inf, found.score)
+        hyper = posteriors[0].hyperparameters
+        return Proposal(
+            mixture=point**2 / jnp.sum(point**2),
+            mean=centre + spread * mean,
+            stderr=spread * deviation,
+            acquisition=value if self.acquisition == "log_ei" else centre + spread * value,
+            gap=jnp.where(first, jnp.inf, found.gap),
+            noise=spread * jnp.exp(0.5 * hyper.noise),
+            lengthscale=jnp.exp(hyper.lengthscale),
+            amplitude=spread * jnp.exp(0.5 * hyper.signal),
+            initial=first,
+        )
+
+    def _score(
+        self, posteriors: list[Posterior], observed: int, highest: Array, beta: Array, key: Array
+    ) -> Callable[[Array], Array]:
+        """The acquisition of points `[m, d]`; `highest` is the best mean of the first rows, those observed."""
+        if self.acquisition == "thompson":
+            keys = jax.random.split(key, len(posteriors))
+            samples = [
+                draw(self.surrogate, posterior, observed, key=k) for posterior, k in zip(posteriors, keys, strict=True)
+            ]
+
+        def score(points: Array) -> Array:
+            if self.acquisition == "thompson":
+                each = zip(self.feedback.weights, samples, strict=True)
+                value = sum((weight * sample(points) for weight, sample in each), jnp.zeros_like(points[:, 0]))
+            else:
+                mean, deviation = self.moments(posteriors, points)
+                if self.acquisition == "ucb":
+                    value = mean + beta * deviation
+                else:
+                    value = log_expected_improvement(mean, deviation, highest)
+            if self.penalty:
+                shares = points**2
+                prior = jnp.asarray(np.maximum(self.prior, 1e-6), points.dtype)
+                ratio = jnp.log(jnp.maximum(shares, 1e-30)) - jnp.log(prior)
+                value = value - self.penalty * jnp.sum(shares * ratio, axis=1)
+            return value
+
+        return score
+
+    def _design(self, points: Array, taken: Array, draws: Array) -> Array:
+        """The uniform mixture first, then the random mixture farthest from all there are."""
+        size = self.num_domains
+        candidates = jnp.concatenate([jnp.full((1, size), 1 / size, draws.dtype), draws])
+        candidates = project(candidates, *bounds(self.constraints, size), self.constraints.groups)
+        candidates = project(candidates, *support(candidates, self.constraints), self.constraints.groups)
+        roots = simplex.hellinger(candidates)
+        apart = 2.0 - 2.0 * roots @ points.T
+        nearest = jnp.min(jnp.where(taken[None], apart, jnp.inf), axis=1)
+        return roots[jnp.argmax(jnp.where(jnp.any(taken), nearest, 0.0))]
