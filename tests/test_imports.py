@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = {"types", "errors", "_checks", "config"}
-COMPUTE = {"search", "kernels", "models", "data", "training", "feedback", "selection"}
+COMPUTE = {"search", "kernels", "models", "data", "training", "feedback", "selection", "influence"}
 # What each folder may import of ours, besides itself and SHARED.
 ALLOWED = {
     "search": set(),
@@ -20,7 +20,8 @@ ALLOWED = {
     "data": set(),
     "training": {"kernels", "models", "data"},
     "feedback": {"kernels", "models", "data"},
-    "selection": {"data", "training", "feedback"},
+    "influence": {"kernels", "models", "data", "_files"},
+    "selection": {"data", "training", "feedback", "influence"},
     "report": {"recall", "study", "trial", "search", "_files"},
 }
 MODULES = sorted([*ROOT.glob("duet_jax/**/*.py"), *ROOT.glob("kernels/**/*.py")])

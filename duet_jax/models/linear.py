@@ -7,11 +7,33 @@ bfloat16 runs at the float32 rate there, half as fast.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+
+
+class Taps(NamedTuple):
+    """Something that watches every matrix product of a decoder's layers.
+
+    Attributes:
+      observe: `(name, layer, x, y) -> y`, called with the factors' name (`"q"`, or `"q.a"` and `"q.b"` of an
+        adapter), this layer's slice of `layers`, the product's input `[B, T, in]` and its output `[B, T, out]`.
+        It returns the output, changed in nothing but its derivative.
+      layers: tree of arrays with a leading axis of layers, scanned over with them; None for none.
+    """
+
+    observe: Callable[[str, Any, Array, Array], Array]
+    layers: Any = None
+
+
+def untapped(name: str, x: Array, y: Array) -> Array:
+    """What stands in the place of a tap when nobody watches."""
+    del name, x
+    return y
 
 
 def _dot(x: Array, y: Array, contract: tuple[tuple[int, ...], tuple[int, ...]]) -> Array:
@@ -31,14 +53,19 @@ def matmul(x: Array, kernel: Array, compute_dtype: jnp.dtype) -> Array:
       `[..., out]` in `compute_dtype`. Gradients have the dtypes of their arguments; their products also take
       `compute_dtype` factors and accumulate in float32.
     """
+    return _product(x, kernel, compute_dtype)
+
+
+def _product(x: Array, kernel: Array, compute_dtype: jnp.dtype) -> Array:
     contract = ((x.ndim - 1,), (0,))
     return _dot(x.astype(compute_dtype), kernel.astype(compute_dtype), contract).astype(compute_dtype)
 
 
 def _forward(x: Array, kernel: Array, compute_dtype: jnp.dtype) -> tuple[Array, tuple[Array, Array]]:
     # The factors are kept as they came: under a scan over layers the kernel is then a slice of an input that
-    # exists anyway, and an x shared by several products is kept once.
-    return matmul(x, kernel, compute_dtype), (x, kernel)
+    # exists anyway, and an x shared by several products is kept once. Not `matmul` itself: a gradient would then have
+    # no forward derivative, which products with the Hessian take.
+    return _product(x, kernel, compute_dtype), (x, kernel)
 
 
 def _backward(compute_dtype: jnp.dtype, factors: tuple[Array, Array], output_gradient: Array) -> tuple[Array, Array]:

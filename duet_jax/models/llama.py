@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from duet_jax.models.linear import matmul
+from duet_jax.models.linear import Taps, matmul, untapped
 from duet_jax.models.lora import Lora, adapt
 
 Params = dict[str, Any]
@@ -127,22 +128,23 @@ class Linear(nnx.Module):
         if bias:
             self.bias = nnx.Param(jnp.zeros((features_out,), dtype))
 
-    def __call__(self, x: Array, adapter: dict[str, Array] | None, pass_: Pass) -> Array:
-        y = matmul(x, self.kernel[...], pass_.dtype)
+    def __call__(self, name: str, x: Array, adapter: dict[str, Array] | None, pass_: Pass) -> Array:
+        y = pass_.tap(name, x, matmul(x, self.kernel[...], pass_.dtype))
         if hasattr(self, "bias"):
             y = y + self.bias[...].astype(y.dtype)
         if adapter is not None:
-            y = y + adapt(x, adapter, pass_.dtype)
+            y = y + adapt(x, adapter, pass_.dtype, lambda factor, x, y: pass_.tap(f"{name}.{factor}", x, y))
         return y
 
 
 @dataclasses.dataclass(frozen=True)
 class Pass:
-    """What is common to all layers of one forward pass."""
+    """What is common to all layers of one forward pass, and what watches the products of this layer."""
 
     dtype: Any
     angles: Array
     remat: Remat = "none"
+    tap: Callable[[str, Array, Array], Array] = untapped
 
 
 class Block(nnx.Module):
@@ -169,9 +171,9 @@ class Block(nnx.Module):
     def _heads(self, x: Array, adapters: dict, pass_: Pass) -> tuple[Array, Array, Array]:
         config = self.config
         split = (*x.shape[:2], -1, config.head_dim)
-        q = self.q(x, adapters.get("q"), pass_).reshape(split)
-        k = self.k(x, adapters.get("k"), pass_).reshape(split)
-        v = self.v(x, adapters.get("v"), pass_).reshape(split)
+        q = self.q("q", x, adapters.get("q"), pass_).reshape(split)
+        k = self.k("k", x, adapters.get("k"), pass_).reshape(split)
+        v = self.v("v", x, adapters.get("v"), pass_).reshape(split)
         if config.qk_norm:
             q = rms_norm(q, self.q_norm[...], config.rms_norm_eps, q.dtype)
             k = rms_norm(k, self.k_norm[...], config.rms_norm_eps, k.dtype)
@@ -203,11 +205,11 @@ class Block(nnx.Module):
             values = values.at[rows, position].set(v[:, 0])
             mixed = _attend(config, q, keys, values, position + 1)
         mixed = mixed.reshape(*x.shape[:2], -1)
-        x = x + self.o(mixed, adapters.get("o"), pass_).astype(x.dtype)
+        x = x + self.o("o", mixed, adapters.get("o"), pass_).astype(x.dtype)
         normed = rms_norm(x, self.mlp_norm[...], config.rms_norm_eps, pass_.dtype)
-        gate = self.gate(normed, adapters.get("gate"), pass_)
-        up = self.up(normed, adapters.get("up"), pass_)
-        x = x + self.down(jax.nn.silu(gate) * up, adapters.get("down"), pass_).astype(x.dtype)
+        gate = self.gate("gate", normed, adapters.get("gate"), pass_)
+        up = self.up("up", normed, adapters.get("up"), pass_)
+        x = x + self.down("down", jax.nn.silu(gate) * up, adapters.get("down"), pass_).astype(x.dtype)
         return x, (k, v)
 
 
@@ -235,19 +237,23 @@ class Llama(nnx.Module):
         pass_: Pass,
         cache: tuple[Array, Array, Array] | None = None,
         keep_kv: bool = False,
+        taps: Taps | None = None,
     ) -> tuple[Array, tuple[Array, Array] | None]:
         """Final-norm hidden states float32 `[B, T, D]`, and the stacked new keys and values where kept."""
         block_def, layers = nnx.split(self.layers)
 
         def layer(x: Array, inputs: tuple) -> tuple[Array, tuple[Array, Array] | None]:
-            params, adapters, key, kv = inputs
+            params, adapters, key, kv, watched = inputs
             if key is not None:
                 adapters = {
                     name: {**adapter, "key": jax.random.fold_in(key, i)}
                     for i, (name, adapter) in enumerate(sorted(adapters.items()))
                 }
             layer_cache = None if cache is None else (*kv, cache[2])
-            x, new_kv = nnx.merge(block_def, params)(x, adapters, pass_, layer_cache)
+            this = pass_
+            if taps is not None:
+                this = dataclasses.replace(pass_, tap=lambda name, x, y: taps.observe(name, watched, x, y))
+            x, new_kv = nnx.merge(block_def, params)(x, adapters, this, layer_cache)
             return x, new_kv if keep_kv else None
 
         if pass_.remat == "full":
@@ -260,7 +266,8 @@ class Llama(nnx.Module):
             keys = jax.random.split(dropout_key, self.config.num_layers)
         kv = None if cache is None else cache[:2]
         x = self.embedding[...][tokens].astype(jnp.float32)
-        x, new_kv = jax.lax.scan(layer, x, (layers, adapters, keys, kv))
+        watched = None if taps is None else taps.layers
+        x, new_kv = jax.lax.scan(layer, x, (layers, adapters, keys, kv, watched))
         return rms_norm(x, self.norm[...], self.config.rms_norm_eps, jnp.float32), new_kv
 
 
@@ -299,6 +306,7 @@ def hidden_states(
     dropout_key: Array | None = None,
     compute_dtype: Any = jnp.float32,
     remat: Remat = "none",
+    taps: Taps | None = None,
 ) -> Array:
     """Final-norm hidden states of whole sequences.
 
@@ -311,13 +319,14 @@ def hidden_states(
       compute_dtype: dtype of matrix products; they accumulate in float32, as does the residual stream.
       remat: what a backward pass computes again rather than keeps: nothing, attention's softmax, or whole
         layers.
+      taps: watches the products of all layers.
 
     Returns:
       float32 `[B, T, D]`.
     """
     angles = jnp.arange(tokens.shape[1], dtype=jnp.float32)[None, :, None] * rope_frequencies(config)
     pass_ = Pass(compute_dtype, angles, remat)
-    return _module(config, params)(tokens, lora, dropout_key, pass_)[0]
+    return _module(config, params)(tokens, lora, dropout_key, pass_, taps=taps)[0]
 
 
 def prefill(

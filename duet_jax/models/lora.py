@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from duet_jax.models.linear import matmul
+from duet_jax.models.linear import matmul, untapped
 
 if TYPE_CHECKING:
     from duet_jax.models.llama import LlamaConfig
@@ -97,15 +98,23 @@ def without_factors(config: LlamaConfig, lora: LoraConfig) -> Lora:
     return Lora({}, scale, lora.dropout)
 
 
-def adapt(x: Array, adapter: dict[str, Any], compute_dtype: Any) -> Array:
-    """What one layer's adapter adds to its output: `scale * dropout(x) @ a @ b`, `[..., out]`."""
+def adapt(
+    x: Array,
+    adapter: dict[str, Any],
+    compute_dtype: Any,
+    tap: Callable[[str, Array, Array], Array] = untapped,
+) -> Array:
+    """What one layer's adapter adds to its output: `scale * dropout(x) @ a @ b`, `[..., out]`.
+
+    `tap` sees the products with `"a"` (before the scale) and `"b"`.
+    """
     key = adapter.get("key")
     if key is not None:
         kept = 1.0 - adapter["dropout"]
         mask = jax.random.bernoulli(key, kept, x.shape)
         x = jnp.where(mask, x / kept.astype(x.dtype), jnp.zeros((), x.dtype))
-    narrow = matmul(x, adapter["a"], compute_dtype) * adapter["scale"].astype(compute_dtype)
-    return matmul(narrow, adapter["b"], compute_dtype)
+    narrow = tap("a", x, matmul(x, adapter["a"], compute_dtype)) * adapter["scale"].astype(compute_dtype)
+    return tap("b", narrow, matmul(narrow, adapter["b"], compute_dtype))
 
 
 def merge(params: dict[str, Any], lora: Lora) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from duet_jax.models import llama
+from duet_jax.models.linear import matmul
 
 PLAIN = llama.LlamaConfig(
     vocab_size=60, hidden_size=32, intermediate_size=48, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8
@@ -126,3 +127,14 @@ def test_llama3_rope_scaling_is_the_published_rule():
 def test_heads_must_divide():
     with pytest.raises(ValueError, match="multiple of num_kv_heads"):
         dataclasses.replace(PLAIN, num_kv_heads=3)
+
+
+def test_a_matrix_product_has_a_hessian():
+    x, kernel = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(4, 3), (3, 2)]))
+
+    def loss(product):
+        return lambda kernel: jnp.sum(jnp.tanh(product(x, kernel)) ** 2)
+
+    found = jax.hessian(loss(lambda x, kernel: matmul(x, kernel, jnp.float32)))(kernel)
+    expected = jax.hessian(loss(jnp.matmul))(kernel)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
