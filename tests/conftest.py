@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import hypothesis
@@ -10,6 +11,13 @@ import pytest
 
 hypothesis.settings.register_profile("duet", derandomize=True, deadline=None, max_examples=50)
 hypothesis.settings.load_profile("duet")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """What one module, worker, process or run of the tests has compiled, the others need not compile again."""
+    assert config.cache is not None
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = folder = str(config.cache.mkdir("jax"))
+    jax.config.update("jax_compilation_cache_dir", folder)
 
 
 @pytest.fixture(scope="module", autouse=True)

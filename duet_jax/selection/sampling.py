@@ -1,4 +1,4 @@
-"""From shares to counts, and from utilities and a count to the examples of one round."""
+"""From utilities and a count to the examples of one round."""
 
 from __future__ import annotations
 
@@ -9,34 +9,6 @@ import numpy as np
 from duet_jax.errors import DataError
 
 Rule = Literal["weighted", "top_k", "remove_lowest"]
-
-
-def counts(mixture: np.ndarray, budget: int) -> np.ndarray:
-    """Splits a budget of examples by a mixture, by largest remainders.
-
-    Args:
-      mixture: shares [d], non-negative, of sum 1 (to 1e-6, then renormalised).
-      budget: examples in all, at least 0.
-
-    Returns:
-      int64 [d], of sum `budget`, each less than 1 away from share times budget; 0 where the share is
-      0. Equal remainders favour the earlier domain.
-
-    Raises:
-      ValueError: `mixture` is no point of the simplex, or `budget` is negative.
-    """
-    shares = np.asarray(mixture, np.float64)
-    if shares.ndim != 1 or not shares.size or not np.all(np.isfinite(shares)) or np.any(shares < 0):
-        raise ValueError(f"mixture must be a list of finite shares of at least 0, not {shares.tolist()}")
-    if abs(shares.sum() - 1.0) > 1e-6:
-        raise ValueError(f"mixture must sum to 1, but {shares.tolist()} sums to {shares.sum():.8g}")
-    if budget < 0:
-        raise ValueError(f"budget must be at least 0 examples, not {budget}")
-    exact = shares / shares.sum() * budget
-    whole = np.floor(exact).astype(np.int64)
-    by_remainder = np.argsort(whole - exact, kind="stable")
-    whole[by_remainder[: budget - whole.sum()]] += 1
-    return whole
 
 
 def sample(

@@ -14,8 +14,14 @@ from duet_jax import models
 from duet_jax.errors import ModelError
 from duet_jax.models import gguf_file, llama
 
-LETTERS = [*"abcdefghijklmnopqrstuvwxyz", "Ġ", "."]
-TOKENS = ["<pad>", "<bos>", "<eos>", *LETTERS, "th"]
+LETTERS = [*"abcdefghijklmnopqrstuvwxyz", "Ġ", ".", "th", "the", "Ġthe", "an", "and"]
+TOKENS = ["<pad>", "<bos>", "<eos>", *LETTERS]
+VOCABULARY = {
+    "model": "gpt2",
+    "list": TOKENS,
+    "types": [3, 3, 3] + [1] * len(LETTERS),
+    "merges": ["t h", "th e", "Ġ the", "a n", "an d"],
+}
 CONFIG = llama.LlamaConfig(
     vocab_size=len(TOKENS),
     hidden_size=64,
@@ -41,7 +47,9 @@ def to_pairs(rows: np.ndarray, heads: int) -> np.ndarray:
     return rows.reshape(heads, 2, -1, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
-def write(path, config, params, *, arch="llama", kind=Kind.F32, numbers=(), flags=(), pre=None, change=None):
+def write(
+    path, config, params, *, arch="llama", kind=Kind.F32, numbers=(), flags=(), change=None, vocabulary=VOCABULARY
+):
     """A GGUF file of `params`; `change` edits the dictionary of float32 tensors before it is written."""
     writer = gguf.GGUFWriter(str(path), arch)
     writer.add_block_count(config.num_layers)
@@ -53,14 +61,10 @@ def write(path, config, params, *, arch="llama", kind=Kind.F32, numbers=(), flag
     writer.add_key_length(config.head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_theta)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(TOKENS)
-    writer.add_token_types([3, 3, 3] + [1] * (len(TOKENS) - 3))
-    writer.add_token_merges(["t h"])
+    for part, told in vocabulary.items():
+        getattr(writer, f"add_tokenizer_{part}" if part in ("model", "pre") else f"add_token_{part}")(told)
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
-    if pre is not None:
-        writer.add_tokenizer_pre(pre)
     for name, value in numbers:
         writer.add_uint32(name, value)
     for name, flag in flags:
@@ -150,7 +154,7 @@ def drop(name):
     ("options", "sentence"),
     [
         ({"arch": "gpt2"}, "architecture 'gpt2' is not supported"),
-        ({"pre": "tekken"}, "splits text as 'tekken'"),
+        ({"vocabulary": {**VOCABULARY, "pre": "tekken"}}, "splits text as 'tekken'"),
         ({"numbers": [("llama.rope.dimension_count", 8)]}, "part of a head"),
         ({"change": drop("blk.1.ffn_up.weight")}, "lacks the tensor blk.1.ffn_up.weight"),
         ({"change": drop("token_embd.weight")}, "lacks the tensor token_embd.weight"),
@@ -191,7 +195,9 @@ def test_a_cut_file_is_never_half_read(tmp_path):
     ],
 )
 def test_text_is_split_as_the_file_says(tmp_path, pre, pieces):
-    tokenizer = models.load(write(tmp_path / "m.gguf", CONFIG, network(CONFIG), pre=pre)).tokenizer
+    tokenizer = models.load(
+        write(tmp_path / "m.gguf", CONFIG, network(CONFIG), vocabulary={**VOCABULARY, "pre": pre})
+    ).tokenizer
     found = tokenizer.backend.pre_tokenizer.pre_tokenize_str("It's 12345 days!!")
     assert [piece for piece, _ in found] == pieces
 
@@ -199,8 +205,9 @@ def test_text_is_split_as_the_file_says(tmp_path, pre, pieces):
 def test_bos_is_added_where_the_file_or_its_kind_says_so(tmp_path):
     params, name = network(CONFIG), "tokenizer.ggml.add_bos_token"
 
-    def tokenizer(**options):
-        return models.load(write(tmp_path / "m.gguf", CONFIG, params, **options)).tokenizer
+    def tokenizer(flags=(), **vocabulary):
+        path = write(tmp_path / "m.gguf", CONFIG, params, flags=flags, vocabulary={**VOCABULARY, **vocabulary})
+        return models.load(path).tokenizer
 
     assert not tokenizer().add_bos
     assert tokenizer(pre="llama-bpe").add_bos, "Llama 3 files may leave the flag out"
@@ -210,3 +217,40 @@ def test_bos_is_added_where_the_file_or_its_kind_says_so(tmp_path):
     assert with_bos.encode("th") == [TOKENS.index("th")]
     # What other tools ask, who know nothing of our flag.
     assert with_bos.backend.encode("th").ids == [1, TOKENS.index("th")]
+
+
+def test_byte_level_tokenizer(tmp_path):
+    tokenizer = models.load(write(tmp_path / "m.gguf", CONFIG, network(CONFIG))).tokenizer
+    ids = tokenizer.encode("and the cat<eos>")
+    assert ids == [TOKENS.index(name) for name in ["and", "Ġthe", "Ġ", "c", "a", "t", "<eos>"]]
+    assert tokenizer.decode(ids) == "and the cat"
+    assert (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.add_bos) == (1, (2,), False)
+
+
+def test_sentencepiece_tokenizer(tmp_path):
+    pieces = ["▁", "a", "b", "c", "ab", "▁ab", "abc", "▁c"]
+    scores = [-1.0, -2.0, -3.0, -4.0, -5.0, -6.0, -7.0, -8.0]
+    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
+    tokens = ["<unk>", "<s>", "</s>", *bytes_, *pieces]
+    vocabulary = {
+        "model": "llama",
+        "list": tokens,
+        "scores": [0.0] * 259 + scores,
+        "types": [2, 3, 3] + [6] * 256 + [1] * len(pieces),
+    }
+    config = dataclasses.replace(CONFIG, vocab_size=len(tokens))
+    path = write(tmp_path / "m.gguf", config, network(config), vocabulary=vocabulary)
+    tokenizer = models.load(path).tokenizer
+    ids = tokenizer.encode("abc cé", add_special=True)
+    # "▁ab" beats "abc" by score; é is no piece and falls back to its two bytes.
+    assert [tokens[i] for i in ids] == ["<s>", "▁ab", "c", "▁c", "<0xC3>", "<0xA9>"]
+    assert tokenizer.decode(ids) == "abc cé"
+    assert tokenizer.add_bos
+
+
+def test_llama3_rope_rule_is_found(tmp_path):
+    scaled = dataclasses.replace(CONFIG, rope_scaling=llama.RopeScaling("llama3", 8.0))
+    factors = np.asarray(llama.rope_frequencies(CONFIG) / llama.rope_frequencies(scaled))
+    assert gguf_file._with_llama3_rope(CONFIG, factors, tmp_path) == scaled
+    with pytest.raises(ModelError, match="not those of Llama 3"):
+        gguf_file._with_llama3_rope(CONFIG, factors[::-1].copy(), tmp_path)

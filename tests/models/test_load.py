@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 
-import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from duet_jax import models
 from duet_jax.data.characters import CharacterTokenizer
 from duet_jax.errors import ModelError
-from duet_jax.models import gguf_file, llama
+from duet_jax.models import llama
 
 CONFIG = llama.LlamaConfig(
     vocab_size=36,
@@ -130,108 +129,6 @@ def test_a_hub_name_offline_is_one_sentence(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     with pytest.raises(ModelError, match=r"some/model .*could not be had .*no connection\)\.$"):
         models.load("some/model")
-
-
-def pairs(rows: np.ndarray, heads: int) -> np.ndarray:
-    """The inverse of what reading does to q and k: halves to neighbouring pairs."""
-    return rows.reshape(heads, 2, -1, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
-
-
-def write_gguf(path, one: models.Model, kind: gguf.GGMLQuantizationType, vocabulary: dict) -> None:
-    config = one.config
-    writer = gguf.GGUFWriter(str(path), "llama")
-    writer.add_block_count(config.num_layers)
-    writer.add_context_length(config.max_length)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_heads)
-    writer.add_head_count_kv(config.num_kv_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_theta)
-    writer.add_tokenizer_model(vocabulary["model"])
-    writer.add_token_list(vocabulary["tokens"])
-    writer.add_token_types(vocabulary["types"])
-    if "merges" in vocabulary:
-        writer.add_token_merges(vocabulary["merges"])
-    if "scores" in vocabulary:
-        writer.add_token_scores(vocabulary["scores"])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-
-    def add(name: str, values: np.ndarray) -> None:
-        values = np.ascontiguousarray(values, np.float32)
-        chosen = kind if values.ndim == 2 else gguf.GGMLQuantizationType.F32
-        writer.add_tensor(name, gguf.quants.quantize(values, chosen), raw_dtype=chosen)
-
-    params = jax.tree.map(np.asarray, one.params)
-    add("token_embd.weight", params["embedding"])
-    add("output_norm.weight", params["norm"])
-    layers = params["layers"]
-    for i in range(config.num_layers):
-        add(f"blk.{i}.attn_norm.weight", layers["attention_norm"][i])
-        add(f"blk.{i}.ffn_norm.weight", layers["mlp_norm"][i])
-        add(f"blk.{i}.attn_q.weight", pairs(layers["q"]["kernel"][i].T, config.num_heads))
-        add(f"blk.{i}.attn_k.weight", pairs(layers["k"]["kernel"][i].T, config.num_kv_heads))
-        for ours, theirs in (
-            ("v", "attn_v"),
-            ("o", "attn_output"),
-            ("gate", "ffn_gate"),
-            ("up", "ffn_up"),
-            ("down", "ffn_down"),
-        ):
-            add(f"blk.{i}.{theirs}.weight", layers[ours]["kernel"][i].T)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-LETTERS = [*"abcdefghijklmnopqrstuvwxyz", "Ġ", ".", "th", "the", "Ġthe", "an", "and"]
-BPE = {
-    "model": "gpt2",
-    "tokens": ["<pad>", "<bos>", "<eos>", *LETTERS],
-    "types": [3, 3, 3] + [1] * len(LETTERS),
-    "merges": ["t h", "th e", "Ġ the", "a n", "an d"],
-}
-
-
-def test_gguf_byte_level_tokenizer(tmp_path):
-    write_gguf(tmp_path / "m.gguf", model(), gguf.GGMLQuantizationType.F32, BPE)
-    tokenizer = models.load(tmp_path / "m.gguf").tokenizer
-    ids = tokenizer.encode("and the cat<eos>")
-    names = ["and", "Ġthe", "Ġ", "c", "a", "t", "<eos>"]
-    assert ids == [BPE["tokens"].index(name) for name in names]
-    assert tokenizer.decode(ids) == "and the cat"
-    assert (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.add_bos) == (1, (2,), False)
-
-
-def test_gguf_sentencepiece_tokenizer(tmp_path):
-    pieces = ["▁", "a", "b", "c", "ab", "▁ab", "abc", "▁c"]
-    scores = [-1.0, -2.0, -3.0, -4.0, -5.0, -6.0, -7.0, -8.0]
-    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
-    tokens = ["<unk>", "<s>", "</s>", *bytes_, *pieces]
-    vocabulary = {
-        "model": "llama",
-        "tokens": tokens,
-        "scores": [0.0] * 259 + scores,
-        "types": [2, 3, 3] + [6] * 256 + [1] * len(pieces),
-    }
-    config = dataclasses.replace(CONFIG, vocab_size=len(tokens))
-    write_gguf(tmp_path / "m.gguf", model(config), gguf.GGMLQuantizationType.F32, vocabulary)
-    tokenizer = models.load(tmp_path / "m.gguf").tokenizer
-    ids = tokenizer.encode("abc cé", add_special=True)
-    # "▁ab" beats "abc" by score; é is no piece and falls back to its two bytes.
-    assert [tokens[i] for i in ids] == ["<s>", "▁ab", "c", "▁c", "<0xC3>", "<0xA9>"]
-    assert tokenizer.decode(ids) == "abc cé"
-    assert tokenizer.add_bos
-
-
-def test_gguf_of_llama3_finds_its_rope_rule(tmp_path):
-    scaled = dataclasses.replace(CONFIG, rope_scaling=llama.RopeScaling("llama3", 8.0))
-    factors = np.asarray(llama.rope_frequencies(CONFIG) / llama.rope_frequencies(scaled))
-    assert gguf_file._with_llama3_rope(CONFIG, factors, tmp_path) == scaled
-    with pytest.raises(ModelError, match="not those of Llama 3"):
-        gguf_file._with_llama3_rope(CONFIG, factors[::-1].copy(), tmp_path)
 
 
 def test_tokenizer_of_another_model_is_refused(tmp_path):

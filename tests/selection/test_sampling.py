@@ -10,44 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from duet_jax.errors import DataError
-from duet_jax.selection import counts, plan, pool_size, sample, sampling
+from duet_jax.selection import plan, pool_size, sample, sampling
 
 RULES = ("weighted", "top_k", "remove_lowest")
-shares = st.lists(st.one_of(st.just(0.0), st.floats(1e-9, 1.0)), min_size=1, max_size=12).filter(any)
-
-
-@settings(max_examples=300, deadline=None, derandomize=True)
-@given(weights=shares, budget=st.integers(0, 10**7))
-def test_counts_sum_to_the_budget_and_stay_within_one(weights, budget):
-    mixture = np.array(weights) / np.sum(weights)
-    result = counts(mixture, budget)
-    assert result.dtype == np.int64 and result.sum() == budget
-    assert np.all(result >= 0) and np.all(result[mixture == 0] == 0)
-    assert np.all(np.abs(result - mixture * budget) < 1 + 1e-6)
-
-
-def test_counts_by_largest_remainder():
-    assert counts(np.array([0.5, 0.3, 0.2]), 10).tolist() == [5, 3, 2]
-    assert counts(np.array([1 / 3, 1 / 3, 1 / 3]), 10).tolist() == [4, 3, 3]
-    assert counts(np.array([0.46, 0.34, 0.2]), 10).tolist() == [5, 3, 2]
-    assert counts(np.array([1.0]), 0).tolist() == [0]
-
-
-@pytest.mark.parametrize(
-    ("mixture", "text"),
-    [
-        ([0.5, 0.6], "mixture must sum to 1"),
-        ([1.5, -0.5], "finite shares of at least 0"),
-        ([math.nan, 1.0], "finite shares of at least 0"),
-        ([], "finite shares of at least 0"),
-        ([[0.5, 0.5]], "finite shares of at least 0"),
-    ],
-)
-def test_counts_rejects_what_is_no_mixture(mixture, text):
-    with pytest.raises(ValueError, match=text):
-        counts(np.array(mixture), 10)
-    with pytest.raises(ValueError, match="budget must be at least 0"):
-        counts(np.array([1.0]), -1)
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
