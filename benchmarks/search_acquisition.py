@@ -30,7 +30,7 @@ STARTS, DRAWS, CHUNK = 20, 100_000, 10_000
 
 @partial(jax.jit, static_argnums=0)
 def fitted(search: Search, state: Observations) -> Any:
-    return search.fitted(state, jnp.zeros((0, search.num_domains)), jnp.zeros(0, bool))
+    return search.condition(search.fit(state), jnp.zeros((0, search.num_domains)), jnp.zeros(0, bool))
 
 
 @partial(jax.jit, static_argnums=0)

@@ -29,7 +29,7 @@ def make_search(size: int, **settings: Any) -> Search:
 
 def recommend(search: Search, state: Any) -> np.ndarray:
     """The mixture that we would train at the end."""
-    return search.best(state)[0]
+    return search.recommend(state).mixture
 
 
 def ask_botorch(python: str, request: dict) -> Iterator[dict]:

@@ -240,11 +240,16 @@ class Feedback:
 
     def __call__(self, value: Any, number: Any, xp: Any = np) -> tuple[Any, Any]:
         """What is heard of `value` in a round counted from 0, and its standard error where that is known."""
-        heard = value + xp.asarray(self.noise)[number]
-        if self.thresholds is not None:
-            heard = 1.0 + xp.sum(heard[:, None] > xp.asarray(self.thresholds), axis=1)
+        heard = self.ratings(value, number, xp)
         stderr = None if self.stderrs is None else xp.asarray(self.stderrs)[number]
         return xp.mean(heard), stderr
+
+    def ratings(self, value: Any, number: Any, xp: Any = np) -> Any:
+        """Each rater's stars `[RATERS]`; of other feedback the one number `[1]`."""
+        heard = value + xp.asarray(self.noise)[number]
+        if self.thresholds is None:
+            return heard
+        return 1.0 + xp.sum(heard[:, None] > xp.asarray(self.thresholds), axis=1)
 
 
 def _thresholds(objective: Objective) -> np.ndarray:

@@ -2,7 +2,8 @@
 
 Every seed draws an objective and its noise (search_objectives.py), the same for all methods:
 
-  search    ours
+  search    ours; of stars it hears the mean
+  ordinal   ours, told each rater's stars (only where there are stars)
   random    Dirichlet draws, the recommendation by our surrogate, so that only what is tried differs
   uniform   equal shares, nothing tried
   law       the same draws; c - exp(b + t.r) fitted by least squares, the recommendation is its optimum
@@ -32,6 +33,8 @@ from scipy.optimize import least_squares
 from search_common import HERE, MISSING, ask_botorch, make_search, parse, recommend, write
 from search_objectives import KINDS, NAMES, Feedback, Objective, draw
 
+from duet_jax.search import Stars
+
 LEAST = 1e-6
 PEERS = {"botorch": "tuned", "loop": "loop", "botorch-ei": "tuned-ei"}
 
@@ -42,6 +45,16 @@ def run_search(objective: Objective, feedback: Feedback, rounds: int, seed: int)
     for number in range(rounds):
         mixture, _ = search.ask(state, key=jax.random.fold_in(key, number))
         state = search.tell(state, mixture, *feedback(objective(mixture), number))
+    return recommend(search, state)
+
+
+def run_ordinal(objective: Objective, feedback: Feedback, rounds: int, seed: int) -> np.ndarray:
+    search = make_search(len(objective.best), feedback=Stars(len(feedback.thresholds) + 1))
+    state, key = search.init(), jax.random.key(seed)
+    for number in range(rounds):
+        mixture, _ = search.ask(state, key=jax.random.fold_in(key, number))
+        stars = feedback.ratings(objective(mixture), number).astype(int).tolist()
+        state = search.tell(state, mixture, stars)
     return recommend(search, state)
 
 
@@ -89,6 +102,7 @@ def fit_law(mixtures: np.ndarray, values: np.ndarray, ridge: float = 1e-2) -> np
 
 OURS: dict[str, Callable[[Objective, Feedback, int, int], np.ndarray]] = {
     "search": run_search,
+    "ordinal": run_ordinal,
     "random": run_random,
     "uniform": run_uniform,
     "law": run_law,
@@ -218,6 +232,8 @@ def main() -> None:
     for place in places:
         if not options.report:
             for method in options.methods:
+                if method == "ordinal" and place[2] != "stars":
+                    continue
                 compute(cells, (*place, method), options.seeds, options.peer_python)
         rows.append(summarise(cells, place, options.methods, options.seeds))
         print(show(rows[-1], options.methods), flush=True)

@@ -18,9 +18,9 @@ from typing import Any
 from duet_jax import __version__
 from duet_jax import config as configs
 from duet_jax._checks import nearest
-from duet_jax.errors import ConfigError, DuetError
+from duet_jax.errors import ConfigError, DuetError, FeedbackError
 from duet_jax.study import Study
-from duet_jax.trial import Trial
+from duet_jax.trial import Trial, words
 
 BAD_INPUT = 2
 INTERRUPTED = 130
@@ -32,7 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     # argparse takes a score such as -1e-3 for an option, unless a space comes first.
     options, rest = parser.parse_known_args([f" {word}" if _is_negative(word) else word for word in words])
-    # argparse takes positional arguments in one piece only; overrides may also stand after options.
+    # argparse takes positional arguments in one piece only; overrides and scores may also stand after options.
+    if options.command is _tell and options.score is None and len(rest) == 1:
+        options.score = _as_score(parser, rest.pop())
     strays = [word for word in rest if options.command is not _run or word.startswith("-") or "=" not in word]
     if strays:
         parser.error(f"unrecognized arguments: {' '.join(strays)}")
@@ -73,8 +75,12 @@ def _parser() -> argparse.ArgumentParser:
     tell = commands.add_parser("tell", help="record the feedback of a trial")
     tell.add_argument("folder", type=Path, metavar="DIR", help="study directory")
     tell.add_argument("trial", type=int, metavar="TRIAL", help="number of the trial, from 0")
-    tell.add_argument("score", type=float, metavar="SCORE", help="its feedback, higher is better")
+    tell.add_argument("score", type=float, nargs="?", metavar="SCORE", help="its feedback, higher is better")
     tell.add_argument("--stderr", type=float, metavar="S", help="standard error of the score, if known")
+    tell.add_argument(
+        "--failed", metavar="REASON", help="instead of a score: something outside went wrong, it may be proposed again"
+    )
+    tell.add_argument("--abandoned", metavar="REASON", help="instead of a score: it must not be proposed again")
     tell.set_defaults(command=_tell)
 
     info = commands.add_parser("info", help="show a study")
@@ -106,11 +112,23 @@ def _ask(options: argparse.Namespace) -> None:
     from duet_jax import duet
 
     trial = duet.ask(options.folder)
-    print(json.dumps({"trial": trial.trial, "mixture": dict(trial.mixture), "counts": dict(trial.counts)}))
+    answer = {"trial": trial.trial, "mixture": dict(trial.mixture), "counts": dict(trial.counts)}
+    print(json.dumps(answer | ({"settings": dict(trial.settings)} if trial.settings else {})))
 
 
 def _tell(options: argparse.Namespace) -> None:
+    if [options.score, options.failed, options.abandoned].count(None) != 2:
+        raise FeedbackError("A trial is told one thing: a score, --failed REASON or --abandoned REASON.")
+    if options.score is None and options.stderr is not None:
+        raise FeedbackError("--stderr is of a score; leave it out.")
     study = Study.open(options.folder)
+    if options.score is None:
+        close, reason = (
+            (study.fail, options.failed) if options.abandoned is None else (study.abandon, options.abandoned)
+        )
+        trial = close(options.trial, reason.strip())
+        print(f"trial {trial.trial}: {trial.status}, {_progress(study)}")
+        return
     trial = study.tell(options.trial, options.score, options.stderr)
     assert trial.feedback is not None
     print(f"trial {trial.trial}: feedback {trial.feedback['value']:g} recorded, {_progress(study)}")
@@ -147,6 +165,13 @@ def _is_negative(word: str) -> bool:
         return word.startswith("-") and float(word) <= 0
     except ValueError:
         return False
+
+
+def _as_score(parser: argparse.ArgumentParser, word: str) -> float:
+    try:
+        return float(word)
+    except ValueError:
+        parser.error(f"the score is {word!r}; it must be a number")
 
 
 def _best(trials: Sequence[Trial]) -> Trial | None:
@@ -188,18 +213,24 @@ def _print_table(study: Study) -> None:
     trials = study.trials()
     best = _best(trials)
     table = Table(box=box.SIMPLE_HEAD)
-    for title in ("trial", *study.domain_names, "loss", "feedback", ""):
+    columns = list(dict.fromkeys(name for trial in trials for name in words(trial.settings)))
+    for title in ("trial", *study.domain_names, *columns, "loss", "feedback", ""):
         table.add_column(Text(title), justify="left" if title == "" else "right")
     for trial in trials:
         shares = [f"{trial.mixture[name]:.0%}" if trial.mixture[name] else "·" for name in study.domain_names]
         loss = "" if trial.training is None else f"{trial.training['loss']:.3f}"
-        state = trial.stage if trial.status == "pending" else trial.error or ""
+        state = trial.stage if trial.status == "pending" else f"{trial.status}: {trial.error}" if trial.error else ""
         state = "highest so far" if trial is best else state
-        cells = [str(trial.trial), *shares, loss, _score(trial), state]
+        chosen = [words(trial.settings).get(name, "") for name in columns]
+        cells = [str(trial.trial), *shares, *chosen, loss, _score(trial), state]
         table.add_row(*map(Text, cells), style="bold" if trial is best else None)
     console = Console(highlight=False, soft_wrap=True)
     console.print(Text(f"{study.config.name}: {_progress(study)}"))
     if trials:
+        # A table that is wider than the terminal is better than one with numbers cut off.
+        console.width = max(
+            console.width, console.measure(table, options=console.options.update(max_width=9999)).maximum
+        )
         console.print(table)
 
 

@@ -17,12 +17,18 @@ import yaml
 
 from duet_jax._checks import FieldError, at_least, distinct, require
 from duet_jax._decode import decode, encode, flat, override, parse
+from duet_jax._search_config import FidelityConfig as FidelityConfig
+from duet_jax._search_config import GroupConfig as GroupConfig
+from duet_jax._search_config import SearchConfig
+from duet_jax._search_config import SettingConfig as SettingConfig
 from duet_jax._task import TaskConfig, check_rows
 from duet_jax._task import WeightedTask as WeightedTask
 from duet_jax.errors import ConfigError
 
 Target = Literal["q", "k", "v", "o", "gate", "up", "down"]
 LARGEST_SEED = 2**31 - 1
+# What sums of shares may miss 1 by: rounding of decimal fractions.
+ROUNDING = 1e-12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +107,7 @@ class DomainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Two or more domains, in the order of every mixture, and how their examples are cut to length.
+    """The domains, in the order of every mixture, and how their examples are cut to length.
 
     Attributes:
       validation_fraction: share of each domain that is never trained on.
@@ -119,7 +125,6 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         names = [domain.name for domain in self.domains]
-        require(len(names) > 1, "domains", names, "a list of at least two domains")
         for i, name in enumerate(names):
             if name in names[:i]:
                 raise FieldError(f"domains.{i}.name", f"is {name!r} a second time; every domain needs its own.")
@@ -211,33 +216,6 @@ class FeedbackConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SearchConfig:
-    """The outer search.
-
-    Attributes:
-      acquisition: upper confidence bound, log expected improvement, or Thompson sampling.
-      beta: standard deviations that the upper confidence bound adds to the mean.
-      schedule: how beta changes from round to round.
-      floor: the share of a domain is 0 or at least this.
-      most: at most this many domains take part in a mixture.
-      initial: rounds of a space-filling design before the surrogate is asked.
-    """
-
-    acquisition: Literal["ucb", "log_ei", "thompson"] = "ucb"
-    beta: float = 2.0
-    schedule: Literal["constant", "growing", "falling"] = "constant"
-    floor: float = 0.02
-    most: int | None = None
-    initial: int = 3
-
-    def __post_init__(self) -> None:
-        at_least(0, self, "beta")
-        require(0 <= self.floor < 1, "floor", self.floor, "in [0, 1)")
-        at_least(1, self, "initial")
-        require(self.most is None or self.most >= 1, "most", self.most, "at least 1")
-
-
-@dataclass(frozen=True, kw_only=True)
 class SelectorConfig:
     """Which examples of a domain are trained on.
 
@@ -282,12 +260,23 @@ class StudyConfig:
         require(plain, "name", self.name, "letters, digits, points, dashes and underscores")
         require(0 <= self.seed <= LARGEST_SEED, "seed", self.seed, f"from 0 to {LARGEST_SEED}")
         at_least(1, self, "budget", "rounds")
-        even = 1 / len(self.data.domains)
-        rule = f"below {even:.3g}, the share of each of {len(self.data.domains)} domains in the uniform mixture"
+        names = [domain.name for domain in self.data.domains]
+        enough = len(names) > 1 or bool(names and self.search.settings)
+        require(enough, "data.domains", names, "a list of at least two domains, or of one with search.settings")
+        even = 1 / len(names)
+        rule = f"below {even:.3g}, the share of each of {len(names)} domains in the uniform mixture"
         require(self.search.floor < even, "search.floor", self.search.floor, rule)
         least, largest = (sum(getattr(domain, x) for domain in self.data.domains) for x in ("minimum", "maximum"))
-        require(least <= 1, "data.domains", f"minima that sum to {least:.4g}", "minima that sum to at most 1")
-        require(largest >= 1, "data.domains", f"maxima that sum to {largest:.4g}", "maxima that sum to at least 1")
+        require(
+            least <= 1 + ROUNDING, "data.domains", f"minima that sum to {least:.4g}", "minima that sum to at most 1"
+        )
+        enough = largest >= 1 - ROUNDING
+        require(enough, "data.domains", f"maxima that sum to {largest:.4g}", "maxima that sum to at least 1")
+        try:
+            search = self.search.resolved(names, self.budget, self.training)
+        except FieldError as error:
+            raise error.inside("search") from None
+        object.__setattr__(self, "search", search)
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:

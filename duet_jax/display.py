@@ -5,11 +5,13 @@ from __future__ import annotations
 import datetime
 from collections.abc import Mapping
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn
 
 from duet_jax.training.sft import StepReport
+from duet_jax.trial import Trial, words
 from duet_jax.types import Feedback
 
 
@@ -66,20 +68,20 @@ class Display:
 
     def round(
         self,
-        trial: int,
-        mixture: Mapping[str, float],
+        trial: Trial,
         loss: float,
         feedback: Feedback,
         best: tuple[int, float],
         seconds: float,
     ) -> None:
-        """Prints a finished round: mixture, training loss, feedback, and the best so far."""
+        """Prints a finished round: mixture, settings, training loss, feedback, and the best so far."""
         self._seconds.append(seconds)
+        number = trial.trial + 1
         error = "" if feedback.stderr is None else f" ± {feedback.stderr:.2g}"
         self.say(
-            f"round {trial + 1:>2}/{self._rounds}  {shares(mixture)}  loss {loss:.3f}  "
+            f"round {number:>2}/{self._rounds}  {shares(trial.mixture, trial.settings)}  loss {loss:.3f}  "
             f"feedback {feedback.value:.4g}{error}  best {best[1]:.4g} (round {best[0] + 1})  {seconds:.0f} s"
-            + ("" if trial + 1 >= self._rounds else f"  {self._left(trial + 1)}")
+            + ("" if number >= self._rounds else f"  {self._left(number)}")
         )
 
     def _left(self, trial: int, report: StepReport | None = None) -> str:
@@ -96,7 +98,9 @@ class Display:
         return f"{datetime.timedelta(seconds=round(max(seconds, 0.0)))} left"
 
 
-def shares(mixture: Mapping[str, float]) -> str:
-    """A mixture in words, largest share first; domains without a share are left out."""
+def shares(mixture: Mapping[str, float], settings: Mapping[str, Any] | None = None) -> str:
+    """A mixture in words, largest share first, and then settings; domains without a share are left out."""
     ordered = sorted(mixture.items(), key=lambda pair: -pair[1])
-    return " · ".join(f"{name} {share:.0%}" for name, share in ordered if share > 0)
+    line = " · ".join(f"{name} {share:.0%}" for name, share in ordered if share > 0)
+    chosen = " · ".join(f"{name} {value}" for name, value in words(settings or {}).items())
+    return f"{line}  {chosen}".rstrip()

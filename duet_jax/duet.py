@@ -16,6 +16,7 @@ import dataclasses
 import math
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from duet_jax.errors import StudyError
 from duet_jax.feedback import Deployed
 from duet_jax.feedback.deployed import response_tokens
 from duet_jax.job import Job
-from duet_jax.recall import make_search, recall
+from duet_jax.recall import at_target, make_search, recall
 from duet_jax.search import Search
 from duet_jax.search.constraints import round_counts
 from duet_jax.study import Study
@@ -49,6 +50,7 @@ class Result:
       value: that posterior mean, in units of the feedback.
       stderr: posterior standard deviation of the noise-free value.
       trial: the trial it was observed in.
+      settings: the settings of that trial, by dotted path. The value is that of a trial at the target fidelity.
       waiting: trials that were trained and wait for `duet tell`.
     """
 
@@ -57,6 +59,7 @@ class Result:
     stderr: float | None
     trial: int | None
     waiting: tuple[int, ...] = ()
+    settings: dict[str, Any] | None = None
 
 
 def run(config: StudyConfig, folder: Path, quiet: bool = False) -> Result:
@@ -73,6 +76,8 @@ def run(config: StudyConfig, folder: Path, quiet: bool = False) -> Result:
     study = Study.open(folder, config) if Study.exists(folder) else Study.create(folder, config)
     with study.running(), Display(config.rounds, quiet=quiet) as display:
         job = jobs.prepare(config, study.folder, display.say)
+        if config.search.repetition is not None:
+            study.note_sizes(job.sizes)
         while (trial := _unfinished(study) or _next_trial(job, study)) is not None:
             advance(job, study, trial, display)
             if job.task is None:
@@ -82,8 +87,8 @@ def run(config: StudyConfig, folder: Path, quiet: bool = False) -> Result:
             _forget_models(study, keep=result.trial)
             _export_best(job, study, result.trial, display)
             display.say(
-                f"best mixture: {shares(result.mixture or {})}, expected feedback {result.value:.4g} "
-                f"± {result.stderr:.2g} (round {result.trial + 1})"
+                f"best mixture: {shares(result.mixture or {}, result.settings)}, expected feedback "
+                f"{result.value:.4g} ± {result.stderr:.2g} (round {result.trial + 1})"
             )
         for number in result.waiting:
             display.say(
@@ -99,21 +104,25 @@ def ask(folder: Path) -> Trial:
     Mixtures of open trials are taken into account, so that several can be asked for at once.
     """
     study = Study.open(folder)
-    search = make_search(study.config)
+    config = study.config
+    if config.search.repetition is not None and study.sizes() is None:
+        study.note_sizes(jobs.domain_sizes(config))
+    search = make_search(config, study.sizes())
     with study.editing():
-        return _propose(study, search, study.config.budget, stage="asked")
+        return _propose(study, search, stage="asked")
 
 
 def best(study: Study, search: Search) -> Result:
     """The best mixture so far, as the surrogate sees it."""
     waiting = tuple(trial.trial for trial in study.trials() if trial.status == "pending" and trial.stage == "trained")
-    told = study.completed()
+    state, told, mixtures, _ = recall(search, study)
     if not told:
         return Result(None, None, None, None, waiting)
-    state, mixtures, _ = recall(search, study)
-    mean, stderr = search.predict(state, mixtures)
+    settings = [at_target(study.config, trial) for trial in told]
+    mean, stderr = search.predict(state, mixtures, settings)
     top = int(np.argmax(mean))
-    return Result(dict(told[top].mixture), float(mean[top]), float(stderr[top]), told[top].trial, waiting)
+    mixture = dict(told[top].mixture)
+    return Result(mixture, float(mean[top]), float(stderr[top]), told[top].trial, waiting, settings[top])
 
 
 def advance(job: Job, study: Study, trial: Trial, display: Display) -> None:
@@ -122,10 +131,13 @@ def advance(job: Job, study: Study, trial: Trial, display: Display) -> None:
     display.stage(trial.trial, "training")
     trial, model = train(job, study, trial, display)
     assert trial.training is not None
-    if not math.isfinite(trial.training["loss"]):
-        study.fail(trial, "the training loss is not finite")
+    if study.trials()[trial.trial].status != "pending":
+        display.say(f"round {trial.trial + 1} was closed from outside while it was trained")
+        return
+    if trial.diverged:
+        study.abandon(trial, "the training loss is not finite")
         shutil.rmtree(_checkpoint_folder(study, trial.trial), ignore_errors=True)
-        display.say(f"round {trial.trial + 1} failed: the training loss is not finite")
+        display.say(f"round {trial.trial + 1} is abandoned: the training loss is not finite")
         return
     if job.task is None:
         model.export(_export_folder(study, trial.trial))
@@ -138,8 +150,7 @@ def advance(job: Job, study: Study, trial: Trial, display: Display) -> None:
     assert result.trial is not None and result.value is not None
     _forget_models(study, keep=result.trial)
     display.round(
-        trial.trial,
-        trial.mixture,
+        trial,
         trial.training["loss"],
         feedback,
         (result.trial, result.value),
@@ -149,28 +160,35 @@ def advance(job: Job, study: Study, trial: Trial, display: Display) -> None:
 
 def train(job: Job, study: Study, trial: Trial, display: Display) -> tuple[Trial, Deployed]:
     """Samples the trial's examples, trains on them, or goes on from its checkpoint, and notes how it went."""
-    wanted = np.array([trial.counts[name] for name in job.names])
-    rows, repeats = job.sample(wanted, trial.seeds["sample"])
-    began = time.perf_counter()
 
     def on_step(report: StepReport) -> None:
         display.step(trial.trial, report)
         study.append_metrics([{"trial": trial.trial, **dataclasses.asdict(report)}])
 
-    trained = job.trainer.fit(
+    began = time.perf_counter()
+    rows, repeats, trained, model = _fit(job, trial, _checkpoint_folder(study, trial.trial), on_step)
+    if trial.training is None:
+        notes = _notes(job, trained, model, rows, repeats, time.perf_counter() - began)
+        trial = study.update(trial, stage="trained", training=notes)
+    return trial, model
+
+
+def _fit(
+    job: Job, trial: Trial, folder: Path, on_step: Callable[[StepReport], None]
+) -> tuple[np.ndarray, list[str], Trained, Deployed]:
+    """Trains on the trial's counts with its settings; gives the rows, what is repeated, the training and its model."""
+    rows, repeats = job.sample(np.array([trial.counts[name] for name in job.names]), trial.seeds["sample"])
+    trainer = job.trainer_for(trial.settings)
+    trained = trainer.fit(
         job.data,
         rows,
         seed=trial.seeds["training"],
         start_seed=job.config.seed,
         fingerprint=job.model.fingerprint,
-        folder=_checkpoint_folder(study, trial.trial),
+        folder=folder,
         on_step=on_step,
     )
-    model = Deployed(job.engine, *job.trainer.deployable(trained.trainable))
-    if trial.training is None:
-        notes = _notes(job, trained, model, rows, repeats, time.perf_counter() - began)
-        trial = study.update(trial, stage="trained", training=notes)
-    return trial, model
+    return rows, repeats, trained, Deployed(job.engine, *trainer.deployable(trained.trainable))
 
 
 def _notes(
@@ -205,34 +223,37 @@ def _unfinished(study: Study) -> Trial | None:
 def _next_trial(job: Job, study: Study) -> Trial | None:
     """A new trial, or None when the study has all its rounds."""
     trials = study.trials()
-    failures = [trial.status == "failed" for trial in trials]
-    if len(failures) >= MOST_FAILURES and all(failures[-MOST_FAILURES:]):
+    if len(trials) >= MOST_FAILURES and all(trial.diverged for trial in trials[-MOST_FAILURES:]):
         raise StudyError(
             f"The last {MOST_FAILURES} trials of {study.folder} failed ({trials[-1].error}); "
-            f"lower training.learning_rate or look at the task, and start a new study."
+            f"lower training.learning_rate, or the range of it that is searched, and start a new study."
         )
-    if len(trials) - sum(failures) >= study.config.rounds:
+    if sum(trial.status in ("pending", "completed") for trial in trials) >= study.config.rounds:
         return None
     with study.editing():
-        return _propose(study, job.search, job.config.budget, stage="proposed")
+        return _propose(study, job.search, stage="proposed")
 
 
-def _propose(study: Study, search: Search, budget: int, *, stage: str) -> Trial:
-    names, trials = study.domain_names, study.trials()
+def _propose(study: Study, search: Search, *, stage: str) -> Trial:
+    names, trials, config = study.domain_names, study.trials(), study.config
     number = len(trials)
-    state, _, _ = recall(search, study)
-    # A failed mixture is kept like a pending one: the search should not come back to it.
-    open_ = [trial for trial in trials if trial.status != "completed"]
-    pending = np.array([[trial.mixture[name] for name in names] for trial in open_]).reshape(-1, len(names))
-    key = jax.random.fold_in(jax.random.key(study.config.seed), number)
-    mixture, diagnostics = search.ask(state, key=key, pending=pending)
-    counts = round_counts(mixture, budget, search.constraints)
+    state, *_ = recall(search, study)
+    # The search keeps away from what was abandoned as from what is under way; what failed may come back.
+    avoided = [trial for trial in trials if trial.status in ("pending", "abandoned") or trial.diverged]
+    mixture, diagnostics = search.ask(
+        state,
+        key=jax.random.fold_in(jax.random.key(config.seed), number),
+        pending=np.array([[trial.mixture[name] for name in names] for trial in avoided]).reshape(-1, len(names)),
+        pending_settings=[trial.settings for trial in avoided],
+    )
+    counts = round_counts(mixture, diagnostics.settings.get("budget", config.budget), search.constraints)
     # What is trained on is what the surrogate hears of: whole examples.
     realised = counts / counts.sum()
-    words = np.random.SeedSequence([study.config.seed, number]).generate_state(3)
+    words = np.random.SeedSequence([config.seed, number]).generate_state(3)
     return study.new_trial(
         mixture={name: float(share) for name, share in zip(names, realised, strict=True)},
         counts={name: int(count) for name, count in zip(names, counts, strict=True)},
+        settings=diagnostics.settings,
         proposal={
             "mean": diagnostics.mean,
             "stderr": diagnostics.stderr,
@@ -249,6 +270,11 @@ def _checkpoint_folder(study: Study, number: int) -> Path:
     return study.folder / "checkpoints" / f"{number:04d}"
 
 
+def _target_folder(study: Study, number: int) -> Path:
+    """Checkpoints of a training at the target fidelity of what a trial tried at a lower one."""
+    return study.folder / "checkpoints" / f"{number:04d}-target"
+
+
 def _export_folder(study: Study, number: int) -> Path:
     return study.folder / "exports" / f"{number:04d}"
 
@@ -259,13 +285,24 @@ def _forget_models(study: Study, keep: int) -> None:
         shutil.rmtree(_export_folder(study, trial.trial), ignore_errors=True)
         if trial.trial != keep:
             shutil.rmtree(_checkpoint_folder(study, trial.trial), ignore_errors=True)
+            shutil.rmtree(_target_folder(study, trial.trial), ignore_errors=True)
 
 
 def _export_best(job: Job, study: Study, number: int, display: Display) -> None:
-    """Writes the best trial's model as a Hugging Face folder, training it again if its checkpoint is gone."""
-    trial = study.trials()[number]
+    """Writes the best trial's model as a Hugging Face folder, training it again if its checkpoint is gone.
+
+    A trial at a lower fidelity is trained anew at the target, which is what its mixture and settings are best for.
+    """
+    trial, fidelity = study.trials()[number], study.config.search.fidelity
     if trial.training is None:  # asked for and trained by somebody else
         return
     display.stage(number, "exporting")
-    _, model = train(job, study, trial, display)
+    if fidelity is None or trial.settings[fidelity.field] == fidelity.levels[-1]:
+        _, model = train(job, study, trial, display)
+    else:
+        mixture = np.array([trial.mixture[name] for name in job.names])
+        counts = dict(zip(job.names, map(int, job.counts(mixture)), strict=True))
+        settings = {**trial.settings, fidelity.field: fidelity.levels[-1]}
+        whole = dataclasses.replace(trial, counts=counts, settings=settings)
+        *_, model = _fit(job, whole, _target_folder(study, number), lambda report: display.step(number, report))
     model.export(study.folder / "best_model")

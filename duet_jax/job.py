@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from duet_jax import models
-from duet_jax.config import DomainConfig, StudyConfig, TaskConfig
+from duet_jax._search_config import configured
+from duet_jax.config import DomainConfig, StudyConfig, TaskConfig, TrainingConfig
 from duet_jax.data import Domain, Encoded, Example, encode, load_domains, load_examples
 from duet_jax.data.characters import CharacterTokenizer
 from duet_jax.errors import ConfigError
@@ -23,6 +26,9 @@ from duet_jax.search.constraints import round_counts
 from duet_jax.selection import load_utilities, plan, pool_size, sample
 from duet_jax.training.sft import Trainer
 
+# Trainers whose compiled programs are kept.
+MOST_TRAINERS = 8
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Job:
@@ -32,11 +38,12 @@ class Job:
       config: the study's configuration.
       names: of the domains, in the order of every mixture.
       data: training examples of all domains, one after the other.
+      sizes: examples of each domain that may be chosen, by name.
       starts: int64 `[d + 1]`, where each domain begins in `data`.
       utilities: for each domain float64 `[examples]`.
       validation: held-out examples of each domain that are scored after training.
       model: the base model.
-      trainer: compiled training.
+      trainer: compiled training, as the configuration has it; see `trainer_for`.
       engine: compiled scoring and generation.
       task: the unseen task; None when feedback is told from outside.
       coarse: what is done to the task's feedback before the search hears it.
@@ -46,6 +53,7 @@ class Job:
     config: StudyConfig
     names: tuple[str, ...]
     data: Encoded
+    sizes: dict[str, int]
     starts: np.ndarray
     utilities: tuple[np.ndarray, ...]
     validation: dict[str, Encoded]
@@ -55,10 +63,27 @@ class Job:
     task: Task | None
     coarse: Coarse
     search: Search
+    _trainers: dict[TrainingConfig, Trainer] = dataclasses.field(default_factory=dict)
 
     def counts(self, mixture: np.ndarray) -> np.ndarray:
         """Examples of each domain for a mixture, int64 `[d]`, summing to the budget."""
         return round_counts(mixture, self.config.budget, self.search.constraints)
+
+    def trainer_for(self, settings: Mapping[str, Any]) -> Trainer:
+        """Training with a trial's own settings, by dotted path.
+
+        Trials whose settings make the same compiled programs share them; those of the last few are kept.
+        """
+        training = configured(self.config.training, settings)
+        program = _program(training)
+        known = self._trainers.pop(program, None)
+        # `replace` begins anew, and a copy keeps what the original has compiled.
+        found = dataclasses.replace(self.trainer, settings=training) if known is None else copy.copy(known)
+        object.__setattr__(found, "settings", training)
+        self._trainers[program] = found
+        while len(self._trainers) > MOST_TRAINERS:
+            del self._trainers[next(iter(self._trainers))]
+        return found
 
     def sample(self, wanted: np.ndarray, seed: int) -> tuple[np.ndarray, list[str]]:
         """Rows of `data` to train on, int64 `[budget]`, and what is repeated, in words."""
@@ -88,12 +113,15 @@ def prepare(config: StudyConfig, folder: Path, say: Callable[[str], None]) -> Jo
     Raises:
       ConfigError, DataError, ModelError: the first mistake found.
     """
-    search = make_search(config)
-    domains = load_domains(config.data.domains, validation_fraction=config.data.validation_fraction, seed=config.seed)
+    make_search(config)
+    domains = _load_domains(config)
+    sizes = _sizes(config, domains)
+    search = make_search(config, sizes)
     evaluation = _task_examples(config.task, config.seed, "task")
     function = None if config.task.function is None else load_function(config.task.function)
     texts = [example for _, examples in evaluation for example in examples]
     model = _load_model(config, domains, texts)
+    _check_layers(config, model)
     dtype = jnp.dtype(config.model.dtype)
     size = sum(x.size for x in jax.tree.leaves(model.params)) / 1e6
     say(f"model: {model.source}, {size:.1f} M parameters, computing in {config.model.dtype}")
@@ -148,6 +176,7 @@ def prepare(config: StudyConfig, folder: Path, say: Callable[[str], None]) -> Jo
         config=config,
         names=tuple(domain.name for domain in domains),
         data=_join(encoded),
+        sizes=sizes,
         starts=np.concatenate([[0], np.cumsum([len(one) for one in encoded])]),
         utilities=tuple(utilities),
         validation=held_out,
@@ -166,6 +195,43 @@ def prepare(config: StudyConfig, folder: Path, say: Callable[[str], None]) -> Jo
         coarse=Coarse(feedback.noise, feedback.stars, feedback.low, feedback.high),
         search=search,
     )
+
+
+def domain_sizes(config: StudyConfig) -> dict[str, int]:
+    """Examples of each domain that may be chosen, by name, as `prepare` finds them.
+
+    Raises:
+      DataError: a domain cannot be loaded.
+    """
+    return _sizes(config, _load_domains(config))
+
+
+def _load_domains(config: StudyConfig) -> list[Domain]:
+    return load_domains(config.data.domains, validation_fraction=config.data.validation_fraction, seed=config.seed)
+
+
+def _sizes(config: StudyConfig, domains: Sequence[Domain]) -> dict[str, int]:
+    rule, fraction = config.selector.rule, config.selector.fraction
+    return {domain.name: pool_size(len(domain.train), rule=rule, fraction=fraction) for domain in domains}
+
+
+def _program(training: TrainingConfig) -> TrainingConfig:
+    """What of a training is compiled: equal for trainings that differ in nothing but the rest."""
+    return dataclasses.replace(
+        training, learning_rate=1.0, epochs=1, schedule="constant", warmup_fraction=0.0, checkpoint_every=1
+    )
+
+
+def _check_layers(config: StudyConfig, model: models.Model) -> None:
+    """Layers with adapters must be those of the model, also where they are searched."""
+    searched = [setting for setting in config.search.settings if setting.field == "training.lora.layers"]
+    chosen = [config.training.lora.layers, *(one for setting in searched for one in (setting.members, *setting.values))]
+    last = model.config.num_layers - 1
+    for layers in chosen if config.training.method == "lora" else ():
+        if layers and max(layers) > last:
+            raise ConfigError(
+                f"training.lora.layers may be {list(layers)}, but the layers of {model.source} are 0 to {last}."
+            )
 
 
 def _task_examples(config: TaskConfig, seed: int, place: str) -> list[tuple[str, list[Example]]]:

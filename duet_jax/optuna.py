@@ -112,7 +112,7 @@ class DuetSampler(BaseSampler):
           ValueError: no trial has been completed.
         """
         state, _, _ = self._recall(study, None)
-        mixture, mean, stderr = self.search.best(state)
+        mixture, mean, stderr, _ = self.search.best(state)
         sign = self._signs(study)[0] if len(self.search.feedback.weights) == 1 else 1.0
         return self._named(mixture, ""), float(sign * mean), stderr
 

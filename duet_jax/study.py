@@ -2,6 +2,7 @@
 
     config.yaml       the configuration, environment variables replaced
     trials/NNNN.json  one small file a trial, replaced as a whole
+    sizes.json        the domains' numbers of examples, where the search depends on them
     metrics.jsonl     one line a logged training step
     run.lock          held by `duet run` from start to end; run.holder.json says by whom
     write.lock        held for the moment of a change, so that `duet tell` works beside a run
@@ -19,7 +20,7 @@ import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import filelock
 import numpy as np
@@ -167,19 +168,23 @@ class Study:
         """Trials with feedback, in order."""
         return [trial for trial in self.trials() if trial.status == "completed"]
 
-    def observations(self) -> tuple[np.ndarray, np.ndarray, list[float | None]]:
-        """What the search is told, in trial order.
+    def observations(self, told: Sequence[Trial] | None = None) -> tuple[np.ndarray, np.ndarray, list[float | None]]:
+        """What the search is told, of these trials with feedback or of all, in their order.
 
         Returns:
           Mixtures float64 `[n, d]` in the order of `domain_names`, values float64 `[n]`, standard errors.
         """
-        told = [(trial, trial.feedback) for trial in self.completed() if trial.feedback is not None]
-        mixtures = [[trial.mixture[name] for name in self.domain_names] for trial, _ in told]
-        values = np.array([feedback["value"] for _, feedback in told], np.float64)
+        pairs = [
+            (trial, trial.feedback)
+            for trial in (self.completed() if told is None else told)
+            if trial.feedback is not None
+        ]
+        mixtures = [[trial.mixture[name] for name in self.domain_names] for trial, _ in pairs]
+        values = np.array([feedback["value"] for _, feedback in pairs], np.float64)
         return (
             np.array(mixtures, np.float64).reshape(-1, len(self.domain_names)),
             values,
-            [trial.noise for trial, _ in told],
+            [trial.noise for trial, _ in pairs],
         )
 
     def new_trial(
@@ -190,6 +195,7 @@ class Study:
         proposal: Mapping[str, Any] | None,
         seeds: Mapping[str, int],
         stage: str = "proposed",
+        settings: Mapping[str, Any] | None = None,
     ) -> Trial:
         """Adds a pending trial with the next number.
 
@@ -207,6 +213,7 @@ class Study:
                 stage=stage,
                 mixture=dict(mixture),
                 counts=dict(counts),
+                settings=dict(settings or {}),
                 proposal=proposal,
                 seeds=dict(seeds),
                 times={"proposed": _now()},
@@ -248,7 +255,7 @@ class Study:
             trials share it, and it does not blur their comparison.
 
         Raises:
-          FeedbackError: unknown trial, told before, failed before, or a number that cannot be feedback.
+          FeedbackError: unknown trial, told, failed or abandoned before, or a number that cannot be feedback.
         """
         try:
             number = float(value)
@@ -263,8 +270,9 @@ class Study:
                     f"Trial {current.trial} has its feedback already: {current.feedback['value']}, told at "
                     f"{current.times.get('told')}; a trial is told once."
                 )
-            if current.status == "failed":
-                raise FeedbackError(f"Trial {current.trial} failed ({current.error}) and takes no feedback.")
+            if current.status in ("failed", "abandoned"):
+                what = "failed" if current.status == "failed" else "was abandoned"
+                raise FeedbackError(f"Trial {current.trial} {what} ({current.error}) and takes no feedback.")
             changed = dataclasses.replace(
                 current,
                 status="completed",
@@ -281,15 +289,64 @@ class Study:
         return changed
 
     def fail(self, trial: Trial | int, reason: str) -> Trial:
-        """Closes a pending trial without feedback."""
+        """Closes a pending trial without feedback, for a reason outside: its mixture may be proposed again.
+
+        Raises:
+          FeedbackError: unknown trial, or one that is not pending.
+        """
+        return self._close(trial, "failed", reason)
+
+    def abandon(self, trial: Trial | int, reason: str) -> Trial:
+        """Closes a pending trial without feedback, for a reason of its own: the search keeps away from it.
+
+        Raises:
+          FeedbackError: unknown trial, or one that is not pending.
+        """
+        return self._close(trial, "abandoned", reason)
+
+    def _close(self, trial: Trial | int, status: Literal["failed", "abandoned"], reason: str) -> Trial:
         with self.editing():
             current = self._current(trial)
             if current.status != "pending":
-                raise StudyError(f"Trial {current.trial} is {current.status} and cannot fail any more.")
-            times = {**current.times, "failed": _now()}
-            changed = dataclasses.replace(current, status="failed", error=reason, times=times)
+                change = "fail" if status == "failed" else "be abandoned"
+                raise FeedbackError(f"Trial {current.trial} is {current.status} and cannot {change} any more.")
+            times = {**current.times, status: _now()}
+            changed = dataclasses.replace(current, status=status, error=reason, times=times)
             self._save(changed)
         return changed
+
+    def sizes(self) -> dict[str, int] | None:
+        """Examples of each domain by name as `note_sizes` noted them, None before.
+
+        Raises:
+          StudyError: the file is damaged.
+        """
+        path = self.folder / "sizes.json"
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            return {name: int(found[name]) for name in self.domain_names}
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, TypeError, KeyError):
+            raise StudyError(f"{path} is damaged; restore it from a copy of the study.") from None
+
+    def note_sizes(self, sizes: Mapping[str, int]) -> None:
+        """Keeps the domains' numbers of examples, on which the search depends.
+
+        Raises:
+          StudyError: they have been others, of which the first is named.
+        """
+        with self.editing():
+            known = self.sizes()
+            if known is None:
+                write(self.folder / "sizes.json", json.dumps(dict(sizes), indent=1, ensure_ascii=False) + "\n")
+                return
+        for name, count in known.items():
+            if count != sizes[name]:
+                raise StudyError(
+                    f"The domain {name} has {sizes[name]} examples, but had {count} when the study in {self.folder} "
+                    f"began; restore its data, or start a new study."
+                )
 
     def append_metrics(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Adds lines to metrics.jsonl. Each has at least `trial` and `step`."""

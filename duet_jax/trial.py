@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from duet_jax.errors import StudyError
 from duet_jax.types import Feedback
 
-Status = Literal["pending", "completed", "failed"]
+Status = Literal["pending", "completed", "failed", "abandoned"]
 
 
 @dataclass(frozen=True)
@@ -21,17 +21,19 @@ class Trial:
 
     Attributes:
       trial: number from 0, also the name of its file.
-      status: "pending" until its feedback is told, or until it has failed.
+      status: "pending" until its feedback is told, or until it has "failed" because something outside went wrong,
+        so that its mixture may be proposed again, or is "abandoned", so that it is not.
       stage: "proposed" or "asked" (to be trained by somebody else), "trained", "scored".
       mixture: share of the budget by domain name.
       counts: examples by domain name.
       feedback: None, or value, stderr (may be None), independent (whether that error is noise of this trial
         alone, and not the same for all trials), details.
-      proposal: what the search expected: mean, stderr, acquisition, origin.
+      settings: its own values of the configuration's fields that are searched, and its fidelity, by dotted path.
+      proposal: what the search expected: mean, stderr (at the fidelity that counts), acquisition, origin.
       seeds: of everything random in the trial.
       training: what was trained on and how it went; None before that.
-      times: UTC, ISO 8601, of "proposed", "trained", "told" and "failed".
-      error: why it failed.
+      times: UTC, ISO 8601, of "proposed", "trained", "told", "failed" and "abandoned".
+      error: why it failed or is abandoned.
     """
 
     trial: int
@@ -39,6 +41,7 @@ class Trial:
     stage: str
     mixture: Mapping[str, float]
     counts: Mapping[str, int]
+    settings: Mapping[str, Any] = field(default_factory=dict)
     feedback: Mapping[str, Any] | None = None
     proposal: Mapping[str, Any] | None = None
     seeds: Mapping[str, int] = field(default_factory=dict)
@@ -53,6 +56,11 @@ class Trial:
             return None
         return self.feedback["stderr"]
 
+    @property
+    def diverged(self) -> bool:
+        """Whether the loss of its training is not finite."""
+        return self.training is not None and not math.isfinite(self.training.get("loss", 0.0))
+
 
 def read(path: Path, names: Sequence[str]) -> Trial:
     """Reads a trial file of a study over the domains `names`.
@@ -62,6 +70,9 @@ def read(path: Path, names: Sequence[str]) -> Trial:
     """
     try:
         trial = Trial(**json.loads(path.read_text(encoding="utf-8")))
+        # JSON has lists only; what was written were tuples.
+        lists = {name: tuple(value) for name, value in trial.settings.items() if isinstance(value, list)}
+        trial = replace(trial, settings={**trial.settings, **lists})
         problem = _trial_problem(trial, int(path.stem)) or mixture_problem(trial.mixture, names)
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
         problem = str(error)
@@ -73,13 +84,26 @@ def read(path: Path, names: Sequence[str]) -> Trial:
 def _trial_problem(trial: Trial, number: int) -> str | None:
     if trial.trial != number:
         return f"it says to be trial {trial.trial!r}"
-    if trial.status not in ("pending", "completed", "failed"):
+    if trial.status not in get_args(Status):
         return f"its status is {trial.status!r}"
     if (trial.status == "completed") != (trial.feedback is not None):
         return f"it is {trial.status} {'without' if trial.feedback is None else 'with'} feedback"
     if trial.feedback is not None:
         Feedback(trial.feedback["value"], trial.feedback["stderr"])
     return None
+
+
+def words(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Settings for people: the last part of each field's name, and its value."""
+    return {name.rpartition(".")[2]: _word(value) for name, value in settings.items()}
+
+
+def _word(value: Any) -> str:
+    if value is None:  # of layers with adapters
+        return "all"
+    if isinstance(value, list | tuple):
+        return ",".join(map(str, value))
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def mixture_problem(mixture: Mapping[str, float], names: Sequence[str]) -> str | None:

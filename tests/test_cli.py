@@ -130,6 +130,50 @@ def test_tell(study: Study, score: str, capsys: pytest.CaptureFixture[str]) -> N
     assert feedback is not None and feedback["value"] == float(score) and feedback["stderr"] == 0.01
 
 
+def test_ask_prints_settings_where_there_are_any(
+    study: Study, algorithm: list[tuple[Any, ...]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {"training.lora.targets": ("q", "v"), "budget": 8}
+    study.new_trial(mixture={"a": 0.5, "b": 0.5}, counts={}, proposal=None, seeds={}, settings=settings)
+    assert cli.main(["ask", str(study.folder)]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["settings"] == {"training.lora.targets": ["q", "v"], "budget": 8}
+    assert cli.main(["info", str(study.folder)]) == 0
+    shown = capsys.readouterr().out
+    assert "targets" in shown and "budget" in shown and "q,v" in shown
+    assert cli.main(["info", str(study.folder), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["trials"][2]["settings"] == answer["settings"]
+
+
+@pytest.mark.parametrize("score", ["0.25", "-0.25"])
+def test_the_score_may_come_last(study: Study, score: str) -> None:
+    assert cli.main(["tell", str(study.folder), "1", "--stderr", "0.5", score]) == 0
+    assert study.trials()[1].feedback["value"] == float(score)  # type: ignore[index]
+
+
+def test_tell_what_failed_and_what_is_abandoned(study: Study, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = str(study.folder)
+    assert cli.main(["tell", folder, "0", "--failed", "the pod was taken away"]) == 0
+    assert capsys.readouterr().out == "trial 0: failed, 0 of 4 rounds have feedback\n"
+    assert cli.main(["tell", folder, "1", "--abandoned", "it runs out of memory"]) == 0
+    assert capsys.readouterr().out == "trial 1: abandoned, 0 of 4 rounds have feedback\n"
+    assert [(trial.status, trial.error) for trial in study.trials()] == [
+        ("failed", "the pod was taken away"),
+        ("abandoned", "it runs out of memory"),
+    ]
+    assert cli.main(["info", folder]) == 0
+    shown = capsys.readouterr().out
+    assert "failed: the pod was taken away" in shown and "abandoned: it runs out of memory" in shown
+
+
+@pytest.mark.parametrize(
+    "words", [[], ["0.5", "--failed", "x"], ["--failed", "x", "--abandoned", "y"], ["--stderr", "0.1"]]
+)
+def test_a_trial_is_told_one_thing(study: Study, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert fails(capsys, "tell", study.folder, 0, *words).startswith("A trial is told one thing: a score, --failed")
+    assert study.trials()[0].status == "pending"
+
+
 def test_mistakes_in_telling_are_one_line(study: Study, capsys: pytest.CaptureFixture[str]) -> None:
     study.tell(0, 0.5)
     folder = study.folder
@@ -137,12 +181,23 @@ def test_mistakes_in_telling_are_one_line(study: Study, capsys: pytest.CaptureFi
     assert "There is no trial 9" in fails(capsys, "tell", folder, 9, 1)
     assert "The feedback is nan" in fails(capsys, "tell", folder, 1, "nan")
     assert "The feedback is -inf" in fails(capsys, "tell", folder, 1, "-inf")
+    assert "--stderr is of a score" in fails(capsys, "tell", folder, 1, "--failed", "x", "--stderr", 1)
+    assert "cannot fail any more" in fails(capsys, "tell", folder, 0, "--failed", "x")
     assert "standard error of the feedback is -1.0" in fails(capsys, "tell", folder, 1, 1, "--stderr", -1)
     assert "There is no study in" in fails(capsys, "tell", folder / "none", 0, 1)
 
 
 @pytest.mark.parametrize(
-    "words", [[], ["frobnicate"], ["run"], ["tell", "d", "0", "high"], ["info", "d", "x=1"], ["run", "c", "x"]]
+    "words",
+    [
+        [],
+        ["frobnicate"],
+        ["run"],
+        ["tell", "d", "0", "high"],
+        ["tell", "d", "0", "--stderr", "1", "high"],
+        ["info", "d", "x=1"],
+        ["run", "c", "x"],
+    ],
 )
 def test_usage_errors(words: list[str], algorithm: list[tuple[Any, ...]], capsys: pytest.CaptureFixture[str]) -> None:
     try:
@@ -169,6 +224,20 @@ def test_info(study: Study, capsys: pytest.CaptureFixture[str]) -> None:
     assert whole["domains"] == ["a", "b"] and whole["highest"] == 0 and whole["config"]["budget"] == 16
     assert [trial["status"] for trial in whole["trials"]] == ["completed", "failed"]
     assert whole["trials"][0]["training"] == {"loss": None}
+
+
+def test_no_number_of_a_wide_table_is_cut_off(
+    study: Study, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    settings = {"training.learning_rate": 0.00123, "training.schedule": "constant", "budget": 128}
+    study.new_trial(mixture={"a": 0.5, "b": 0.5}, counts={}, proposal=None, seeds={}, settings=settings)
+    study.tell(2, -1.2345, 0.0625)
+    assert cli.main(["info", str(study.folder)]) == 0
+    shown = capsys.readouterr().out
+    for words in ("learning_rate", "0.00123", "constant", "128", "-1.234 ± 0.062", "highest so far"):
+        assert words in shown
+    assert "…" not in shown
 
 
 def test_info_of_a_new_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from duet_jax import config as configs
+from duet_jax._search_config import configured, is_whole
 from duet_jax.errors import ConfigError
 
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 SMALLEST: dict[str, Any] = {
     "name": "small",
     "budget": 16,
@@ -58,7 +62,11 @@ def test_defaults() -> None:
         ("data.buckets=64", "data.buckets is 64; it must be a list."),
         ("data.buckets=[64, x]", "data.buckets.1 is 'x'; it must be a whole number."),
         ("data.domains.0.options=3", "data.domains.0.options is 3; it must be a mapping of names to values."),
-        ("search=3", "search is 3; it must be a mapping with acquisition, beta, schedule, floor, most, initial."),
+        (
+            "search=3",
+            "search is 3; it must be a mapping with acquisition, beta, schedule, floor, most, initial, settings, "
+            "fidelity, groups, repetition, prior, penalty.",
+        ),
         (
             "training.method=lorra",
             "training.method is 'lorra'; it must be one of lora, full; did you mean 'lora'?",
@@ -74,7 +82,7 @@ def test_defaults() -> None:
         ("model.scratch.num_layers=0", "model.scratch.num_layers is 0; it must be at least 1."),
         ("model.scratch.hidden_size=60", "model.scratch.hidden_size is 60; it must be a multiple of 2 x num"),
         ("model.scratch.num_kv_heads=3", "model.scratch.num_kv_heads is 3; it must be a divisor of num_heads"),
-        ("data.domains=[]", "data.domains is []; it must be a list of at least two domains."),
+        ("data.domains=[]", "data.domains is []; it must be a list of at least two domains, or of one with"),
         ("data.domains=[{name: a, source: b}]", "data.domains is ['a']; it must be a list of at least two"),
         ("data.domains.1.name=a", "data.domains.1.name is 'a' a second time; every domain needs its own."),
         ('data.domains.0.name=" "', "data.domains.0.name is ' '; it must be a name on one line."),
@@ -151,6 +159,44 @@ def test_defaults() -> None:
             "search.floor=0.5",
             "search.floor is 0.5; it must be below 0.5, the share of each of 2 domains",
         ),
+        ("search.repetition=0", "search.repetition is 0.0; it must be greater than 0."),
+        ("search.penalty=-1", "search.penalty is -1.0; it must be at least 0."),
+        ("search.penalty=1", "search.prior is missing; search.penalty has no meaning without it."),
+        ("search.prior={a: 1.0}", "search.penalty is missing; search.prior has no meaning without it."),
+        ("search={penalty: 1, prior: {a: 1, c: 0}}", "search.prior is 'c'; it must be shares of a, b."),
+        ("search={penalty: 1, prior: {a: 0.5}}", "search.prior is 'shares that sum to 0.5'; it must be shares of sum"),
+        ("search={penalty: 1, prior: {a: yes}}", "search.prior.a is True; it must be a share, from 0 to 1."),
+        ("search.groups=[{domains: [a, c]}]", "search.groups.0.domains.1 is 'c'; it must be one of a, b."),
+        ("search.groups=[{domains: []}]", "search.groups.0.domains is []; it must be a list of at least one"),
+        ("search.groups=[{domains: [a, a]}]", "search.groups.0.domains is ['a', 'a']; it must be a list of at least"),
+        (
+            "search.groups=[{domains: [a]}, {domains: [b, a]}]",
+            "search.groups.1.domains.1 is 'a', which is in groups.0 too.",
+        ),
+        ("search.groups=[{domains: [a], minimum: 2}]", "search.groups.0.minimum is 2.0; it must be a share, from 0 to"),
+        (
+            "search.groups=[{domains: [a], minimum: 0.5, maximum: 0.4}]",
+            "search.groups.0.maximum is 0.4; it must be from the minimum to 1.",
+        ),
+        (
+            "search.fidelity={field: budget, levels: [16]}",
+            "search.fidelity.levels is [16]; it must be at least two whole numbers, ascending from at least 1.",
+        ),
+        ("search.fidelity={field: budget, levels: [0, 16]}", "search.fidelity.levels is [0, 16]; it must be at least"),
+        ("search.fidelity={field: budget, levels: [8, 4, 16]}", "search.fidelity.levels is [8, 4, 16]; it must be at"),
+        (
+            "search.fidelity={field: budget, levels: [4, 8]}",
+            "search.fidelity.levels is [4, 8]; it must be a list that ends with budget (16).",
+        ),
+        (
+            "search.fidelity={field: training.epochs, levels: [1, 2]}",
+            "search.fidelity.levels is [1, 2]; it must be a list that ends with training.epochs (1).",
+        ),
+        (
+            "search.fidelity={field: budget, levels: [4, 16], costs: [1]}",
+            "search.fidelity.costs is [1.0]; it must be a number greater than 0 for each level.",
+        ),
+        ("search.fidelity={field: rounds, levels: [1, 2]}", "search.fidelity.field is 'rounds'; it must be one of"),
         ("selector.kind=utilities", "selector.path is missing; a selector of kind 'utilities' needs the file"),
         ("selector.path=u.npy", "selector.path has no meaning for a selector of kind 'random'; leave it out."),
         ("selector.rule=top_k", "selector.rule has no meaning for a selector of kind 'random'; leave it out."),
@@ -167,6 +213,126 @@ def test_a_mistake_is_one_sentence_about_its_field(
         changed(assignment)
     assert str(caught.value).startswith(sentence)
     assert "\n" not in str(caught.value) and str(caught.value).endswith((".", "?"))
+
+
+def searching(*settings: dict[str, Any], **training: Any) -> configs.StudyConfig:
+    """A study that searches these settings, below training."""
+    full = [{**one, "field": f"training.{one['field']}"} for one in settings]
+    own = {**SMALLEST["training"], **training}
+    return configs.from_dict({**SMALLEST, "training": own, "search": {"settings": full}})
+
+
+@pytest.mark.parametrize(
+    ("setting", "training", "sentence"),
+    [
+        ({"field": "learning_rates"}, {}, "field is 'training.learning_rates'; it must be one of training.learning_ra"),
+        ({"field": "checkpoint_every", "values": [1, 2]}, {}, "field is 'training.checkpoint_every'; it must be one o"),
+        ({"field": "method", "values": ["full", "lora"]}, {}, "field is 'training.method'; it must be one of training"),
+        ({"field": "epochs"}, {}, "field is 'training.epochs'; it needs one of low and high, values, and members."),
+        ({"field": "epochs", "values": []}, {}, "field is 'training.epochs'; it needs one of low and high, values,"),
+        ({"field": "epochs", "low": 1, "high": 2, "values": [1]}, {}, "field is 'training.epochs'; it needs one of"),
+        ({"field": "epochs", "low": 1}, {}, "high is missing; a range has both ends."),
+        ({"field": "epochs", "high": 1}, {}, "low is missing; a range has both ends."),
+        ({"field": "epochs", "low": 2, "high": 2}, {}, "high is 2.0; it must be greater than low (2)."),
+        (
+            {"field": "epochs", "low": 1.5, "high": 4},
+            {},
+            "low is 1.5; it must be a whole number, as training.epochs is",
+        ),
+        ({"field": "learning_rate", "low": 0, "high": 1, "log": True}, {}, "low is 0.0; it must be greater than 0 on"),
+        ({"field": "epochs", "values": [1, 2], "log": True}, {}, "log has no meaning without low and high; leave it"),
+        ({"field": "epochs", "values": [1, 2], "least": 2}, {}, "least has no meaning without members; leave it out."),
+        ({"field": "lora.targets", "members": ["q"], "least": 2}, {}, "least is 2; it must be from 0 to the number of"),
+        ({"field": "schedule", "low": 1, "high": 2}, {}, "field is 'training.schedule', which is no number; give valu"),
+        ({"field": "schedule", "members": ["linear"]}, {}, "field is 'training.schedule', which is no list; give valu"),
+        ({"field": "schedule", "values": ["cosin", "linear"]}, {}, "values.0 is 'cosin'; it must be one of cosine, li"),
+        ({"field": "schedule", "values": ["linear"]}, {}, "values is ['linear']; it must be a list of at least two."),
+        ({"field": "learning_rate", "values": [1, 1.0]}, {}, "values is [1.0, 1.0]; it must be a list of at least one"),
+        ({"field": "epochs", "values": [1, 2.5]}, {}, "values.1 is 2.5; it must be a whole number."),
+        ({"field": "lora.targets", "members": ["q", "x"]}, {}, "members.1 is 'x'; it must be one of q, k, v,"),
+        (
+            {"field": "lora.rank", "low": 0, "high": 8},
+            {},
+            "field is 'training.lora.rank', which cannot be 0: rank is 0; it must be at least 1.",
+        ),
+        (
+            {"field": "lora.dropout", "low": 0, "high": 1},
+            {},
+            "field is 'training.lora.dropout', which cannot be 1.0: dropout is 1.0; it must be in [0, 1).",
+        ),
+        (
+            {"field": "lora.targets", "members": ["q", "v"], "least": 0},
+            {},
+            "field is 'training.lora.targets', which cannot be (): targets is []; it must be a list of at least one,",
+        ),
+        (
+            {"field": "batch_size", "low": 4, "high": 8},
+            {"micro_batch_size": 2},
+            "field is 'training.batch_size', which cannot be 5: micro_batch_size is 2; it must be a divisor of batch",
+        ),
+        (
+            {"field": "lora.rank", "low": 1, "high": 8},
+            {"method": "full"},
+            "field is 'training.lora.rank', which has no meaning for the method 'full'.",
+        ),
+    ],
+)
+def test_a_setting_that_cannot_be_searched(setting: dict[str, Any], training: dict[str, Any], sentence: str) -> None:
+    good = {"field": "warmup_fraction", "low": 0, "high": 1}
+    with pytest.raises(ConfigError) as caught:
+        searching(good, setting, **training)
+    assert str(caught.value).startswith(f"search.settings.1.{sentence}"), str(caught.value)
+    assert "\n" not in str(caught.value) and str(caught.value).endswith((".", "?"))
+
+
+def test_a_field_is_searched_once() -> None:
+    epochs = {"field": "epochs", "values": [1, 2]}
+    with pytest.raises(ConfigError, match=r"^search.settings.1.field is 'training.epochs' a second time;"):
+        searching(epochs, epochs)
+    fidelity = {"field": "training.epochs", "levels": [1, 2]}
+    search = {"settings": [{**epochs, "field": "training.epochs"}], "fidelity": fidelity}
+    tree = {**SMALLEST, "search": search, "training": {"learning_rate": 0.1, "epochs": 2}}
+    with pytest.raises(ConfigError, match=r"^search.fidelity.field is 'training.epochs', which is among the settings;"):
+        configs.from_dict(tree)
+
+
+def test_settings_have_the_types_of_their_fields_and_load_back_equal() -> None:
+    config = searching(
+        {"field": "learning_rate", "values": ["1e-3", 1]},
+        {"field": "lora.rank", "low": 1, "high": 8, "log": True},
+        {"field": "lora.layers", "values": [None, [0, 1]]},
+        {"field": "lora.targets", "members": ["q", "v"], "least": 2},
+        {"field": "schedule", "values": ["linear", "constant"]},
+    )
+    rate, rank, layers, targets, _ = config.search.settings
+    assert rate.values == (0.001, 1.0) and layers.values == (None, (0, 1)) and targets.members == ("q", "v")
+    assert rank.low == 1 and is_whole(rank, config.training)
+    assert configs.loads(configs.dump(config)) == config
+    fidelity = configs.FidelityConfig(field="budget", levels=(4, 16))
+    search = dataclasses.replace(config.search, fidelity=fidelity, prior={"a": 0.25, "b": 0.75}, penalty=0.5)
+    config = dataclasses.replace(config, search=search)
+    assert configs.loads(configs.dump(config)) == config
+
+
+def test_a_trial_has_its_own_training() -> None:
+    training = changed().training
+    settings = {"training.learning_rate": 0.5, "training.lora.rank": 3, "budget": 4}
+    own = configured(training, settings)
+    assert (own.learning_rate, own.lora.rank, own.lora.alpha, own.epochs) == (0.5, 3, training.lora.alpha, 1)
+    assert configured(training, {}) == training
+
+
+def test_one_domain_is_enough_with_settings() -> None:
+    tree = {**SMALLEST, "data": {"domains": SMALLEST["data"]["domains"][:1]}}
+    with pytest.raises(ConfigError, match="or of one with search.settings"):
+        configs.from_dict(tree)
+    tree["search"] = {"settings": [{"field": "training.epochs", "low": 1, "high": 2}]}
+    assert len(configs.from_dict(tree).data.domains) == 1
+
+
+def test_shares_that_are_frozen_sum_to_one_but_for_rounding() -> None:
+    domains = [{"name": f"d{i}", "source": "x.jsonl", "minimum": 0.1, "maximum": 0.1} for i in range(10)]
+    assert len(configs.from_dict({**SMALLEST, "data": {"domains": domains}}).data.domains) == 10
 
 
 def test_missing_fields() -> None:
@@ -228,6 +394,13 @@ def test_overrides_leave_the_rest() -> None:
     assert config.training.learning_rate == 0.5
     assert configs.differences(changed(), config) == ["data.domains.1.max_examples", "training.learning_rate"]
     assert configs.differences(changed(), changed()) == []
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
+def test_what_the_package_brings_loads(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DUET_DATA", "/data")
+    config = configs.load(path)
+    assert config.name == path.stem
 
 
 TEXTS = st.text(st.characters(exclude_categories=("C", "Z")), min_size=1, max_size=12)

@@ -18,6 +18,7 @@ import pytest
 
 from duet_jax import config as configs
 from duet_jax import study as studies
+from duet_jax import trial as trials
 from duet_jax.config import StudyConfig
 from duet_jax.errors import ConfigError, FeedbackError, StudyError
 from duet_jax.study import Study, Trial
@@ -125,11 +126,69 @@ def test_feedback_for_an_empty_study(study: Study) -> None:
         study.tell(0, 1.0)
 
 
-def test_only_a_pending_trial_fails(study: Study) -> None:
-    add(study)
+def test_only_a_pending_trial_fails_or_is_abandoned(study: Study) -> None:
+    for _ in range(2):
+        add(study)
     study.tell(0, 1.0)
-    with pytest.raises(StudyError, match="Trial 0 is completed and cannot fail any more"):
+    closed = study.abandon(1, "the disk is full")
+    assert (closed.status, closed.error, list(closed.times)) == (
+        "abandoned",
+        "the disk is full",
+        ["proposed", "abandoned"],
+    )
+    assert study.trials()[1] == closed
+    with pytest.raises(FeedbackError, match="Trial 0 is completed and cannot fail any more"):
         study.fail(0, "late")
+    with pytest.raises(FeedbackError, match="Trial 1 is abandoned and cannot be abandoned any more"):
+        study.abandon(1, "again")
+    with pytest.raises(FeedbackError, match=r"Trial 1 was abandoned \(the disk is full\) and takes no feedback"):
+        study.tell(1, 1.0)
+    with pytest.raises(FeedbackError, match="There is no trial 7"):
+        study.fail(7, "late")
+
+
+def test_settings_come_back_as_they_were(study: Study) -> None:
+    settings = {"training.learning_rate": 1 / 3, "training.lora.targets": ("q", "v"), "training.lora.layers": None}
+    made = study.new_trial(mixture=HALVES, counts={}, proposal=None, seeds={}, settings=settings)
+    assert study.trials() == [made] and made.settings == settings
+    path = study.folder / "trials" / "0000.json"
+    old = json.loads(path.read_text())
+    del old["settings"]
+    path.write_text(json.dumps(old))
+    assert study.trials()[0].settings == {}, "a file of an older version"
+
+
+def test_a_diverged_training_is_known_by_its_loss(study: Study) -> None:
+    add(study)
+    assert not study.trials()[0].diverged
+    assert not study.update(0, training={"loss": 1.0}).diverged
+    study.update(0, training={"loss": math.nan})
+    assert study.trials()[0].diverged
+
+
+def test_sizes_are_noted_once(study: Study) -> None:
+    assert study.sizes() is None
+    study.note_sizes({"a": 7, "b": 9})
+    study.note_sizes({"b": 9, "a": 7})
+    assert Study.open(study.folder).sizes() == {"a": 7, "b": 9}
+    with pytest.raises(StudyError, match="The domain b has 8 examples, but had 9 when the study in .* began; restore"):
+        study.note_sizes({"a": 7, "b": 8})
+    (study.folder / "sizes.json").write_text('{"a": 7}')
+    with pytest.raises(StudyError, match=r"sizes.json is damaged; restore it from a copy"):
+        study.sizes()
+
+
+def test_settings_in_words() -> None:
+    settings = {"training.learning_rate": 3e-4, "training.lora.targets": ("q", "v"), "training.lora.layers": None}
+    settings |= {"training.lora.rank": 8, "budget": 64, "training.schedule": "linear"}
+    assert trials.words(settings) == {
+        "learning_rate": "0.0003",
+        "targets": "q,v",
+        "layers": "all",
+        "rank": "8",
+        "budget": "64",
+        "schedule": "linear",
+    }
 
 
 def test_feedback_during_training_is_not_taken_back(study: Study) -> None:

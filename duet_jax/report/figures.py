@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter, StrMethodFormatter
 
-from duet_jax.report.surrogate import Slice
+from duet_jax.report.surrogate import Along, Slice
 from duet_jax.search.diagnostics import Effects, LeftOut, Report
 from duet_jax.trial import Trial
 
@@ -117,6 +117,28 @@ def slices(parts: Sequence[Slice], names: Sequence[str], observed: tuple[np.ndar
         ax.plot(shares[:, i], values, ".", color=INK, alpha=0.4, markersize=4)
         ax.axvline(part.at, color=ACCENT, linewidth=1, linestyle=":")
     return _svg(figure, "slices", "predicted feedback along each domain")
+
+
+@styled
+def along(parts: Sequence[Along]) -> str:
+    """The surrogate's mean ± two standard deviations along each training setting."""
+    figure, axes = _panels([part.name for part in parts])
+    for ax, part in zip(axes, parts, strict=True):
+        if isinstance(part.at, str):
+            ax.errorbar(range(len(part.mean)), part.mean, yerr=2 * part.stderr, fmt="o", color=COLOURS[0], capsize=2)
+            ax.set_xticks(range(len(part.mean)), [_short(str(value)) for value in part.values], rotation=20, ha="right")
+            ax.set_xlim(-0.5, len(part.mean) - 0.5)
+            ax.axvline(part.values.index(part.at), color=ACCENT, linewidth=1, linestyle=":")
+        else:
+            numbers = np.array(part.values, np.float64)
+            _band(ax, numbers, part.mean, part.stderr, COLOURS[0])
+            ax.set_xscale("log" if part.log else "linear")
+            middle = (numbers[0] * numbers[-1]) ** 0.5 if part.log else (numbers[0] + numbers[-1]) / 2
+            ticks = [numbers[0], middle, numbers[-1]]
+            ax.set_xticks(ticks, [f"{tick:.2g}" for tick in ticks])
+            ax.xaxis.set_minor_formatter(NullFormatter())
+            ax.axvline(part.at, color=ACCENT, linewidth=1, linestyle=":")
+    return _svg(figure, "along", "predicted feedback along each setting")
 
 
 @styled
@@ -255,19 +277,26 @@ def _new(rows: int, columns: int, *, height: float, sharey: bool = False) -> tup
 
 
 def _domains(names: Sequence[str]) -> tuple[Figure, list[Axes]]:
-    """A panel a domain, three in a row, whose horizontal axis is its share and whose vertical one is feedback."""
-    columns = min(3, len(names))
-    rows = math.ceil(len(names) / columns)
-    figure, axes = _new(rows, columns, height=2.0 * rows, sharey=True)
-    for ax, name in zip(axes, names, strict=False):
-        ax.set_title(_short(name), fontsize=9)
+    """A panel a domain, whose horizontal axis is its share."""
+    figure, axes = _panels(names)
+    for ax in axes:
         ax.set_xlim(-0.02, 1.02)
         ax.set_xticks([0.0, 0.5, 1.0])
         ax.xaxis.set_major_formatter(PercentFormatter(1.0))
-    for ax in axes[len(names) :]:
+    return figure, axes
+
+
+def _panels(titles: Sequence[str]) -> tuple[Figure, list[Axes]]:
+    """Panels of these titles, three in a row, whose vertical axis is feedback."""
+    columns = min(3, len(titles))
+    rows = math.ceil(len(titles) / columns)
+    figure, axes = _new(rows, columns, height=2.0 * rows, sharey=True)
+    for ax, title in zip(axes, titles, strict=False):
+        ax.set_title(_short(title), fontsize=9)
+    for ax in axes[len(titles) :]:
         ax.set_visible(False)
     figure.supylabel("feedback", fontsize=9)
-    return figure, axes[: len(names)]
+    return figure, axes[: len(titles)]
 
 
 def _band(ax: Axes, shares: np.ndarray, mean: np.ndarray, stderr: np.ndarray, colour: str) -> None:

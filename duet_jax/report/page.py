@@ -20,7 +20,7 @@ from duet_jax.report import figures
 from duet_jax.report.surrogate import Belief, believe
 from duet_jax.search.diagnostics import LEVELS, LeftOut
 from duet_jax.study import Study
-from duet_jax.trial import Trial
+from duet_jax.trial import Trial, words
 
 
 def write_report(folder: str | Path, output: str | Path | None = None) -> Path:
@@ -64,9 +64,12 @@ def render(study: Study) -> str:
         belief=belief,
         best=None if belief is None else told[belief.best],
         noise=_noise(told, belief),
-        calibration=None if belief is None else _calibration(belief.report.left_out),
+        calibration=None if belief is None or belief.report is None else _calibration(belief.report.left_out),
         legend=list(zip(study.domain_names, figures.colours(len(study.domain_names)), strict=True)),
         drawings=_drawings(study, trials, told, belief),
+        chosen={trial.trial: words(trial.settings) for trial in trials},
+        columns=list(dict.fromkeys(name for trial in trials for name in words(trial.settings))),
+        best_settings=words({} if belief is None else belief.settings),
         seconds={trial.trial: _seconds(trial) for trial in trials},
         config=configs.dump(study.config),
     )
@@ -80,8 +83,12 @@ def _drawings(study: Study, trials: Sequence[Trial], told: Sequence[Trial], beli
         drawn["mixtures"] = figures.mixtures(trials, study.domain_names)
     if belief is not None:
         observed = (belief.mixtures, belief.values)
-        drawn["slices"] = figures.slices(belief.slices, study.domain_names, observed)
-        drawn["noise"] = figures.noise(told, belief.mean, belief.report.noise)
+        if belief.slices:
+            drawn["slices"] = figures.slices(belief.slices, study.domain_names, observed)
+        if belief.along:
+            drawn["along"] = figures.along(belief.along)
+    if belief is not None and belief.report is not None:
+        drawn["noise"] = figures.noise(told, belief.heard, belief.report.noise)
         drawn["effects"] = figures.effects(belief.report.effects, study.domain_names)
         drawn["importance"] = figures.importance(belief.report, study.domain_names)
         if len(told) > 1:
@@ -112,7 +119,7 @@ def _seconds(trial: Trial) -> dict[str, float]:
 
 
 def _noise(told: Sequence[Trial], belief: Belief | None) -> dict[str, float | None] | None:
-    if belief is None:
+    if belief is None or belief.report is None:
         return None
     stated = sorted(t.feedback["stderr"] for t in told if t.feedback and t.feedback["stderr"] is not None)
     return {"learned": belief.report.noise, "stated": stated[len(stated) // 2] if stated else None}

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from duet_jax.recall import make_search, recall
+from duet_jax.recall import at_target, make_search, make_space, recall
 from duet_jax.search.diagnostics import Report, diagnose
+from duet_jax.search.space import Choice, Number, Setting
 from duet_jax.study import Study
+from duet_jax.trial import words
 
 POINTS = 41
 
@@ -31,46 +35,106 @@ class Slice:
 
 
 @dataclasses.dataclass(frozen=True)
+class Along:
+    """Prediction along one training setting, the mixture and all other settings those of the best.
+
+    Attributes:
+      name: of the field, without those above it.
+      values: numbers, ascending; or words.
+      mean, stderr: float64 `[n]`, of the noise-free feedback.
+      at: value of the best.
+      log: whether the numbers are on a logarithmic scale.
+    """
+
+    name: str
+    values: tuple[float, ...] | tuple[str, ...]
+    mean: np.ndarray
+    stderr: np.ndarray
+    at: float | str
+    log: bool
+
+
+@dataclasses.dataclass(frozen=True)
 class Belief:
     """The surrogate's view of a study with at least one feedback.
 
+    All but `heard` is at the target fidelity, and all along mixtures with the settings of the best.
+
     Attributes:
       best: index of the observation with the highest posterior mean.
+      settings: of the best, by dotted path.
       mixtures, values: the observations, float64 `[n, d]` and `[n]`.
       mean, stderr: posterior of the noise-free feedback at the observations, float64 `[n]`.
+      heard: posterior mean at the observations with the fidelity that they had, float64 `[n]`.
       uniform: posterior mean and standard deviation at the uniform mixture.
-      slices: one a domain, through the best mixture.
-      report: which domains matter, the learned noise, and each feedback predicted from all others.
+      slices: one a domain, through the best mixture; none of a single domain.
+      along: one a setting.
+      report: which domains matter, the learned noise, and each feedback predicted from all others; None of a single
+        domain.
     """
 
     best: int
+    settings: dict[str, Any]
     mixtures: np.ndarray
     values: np.ndarray
     mean: np.ndarray
     stderr: np.ndarray
+    heard: np.ndarray
     uniform: tuple[float, float]
     slices: tuple[Slice, ...]
-    report: Report
+    along: tuple[Along, ...]
+    report: Report | None
 
 
 def believe(study: Study) -> Belief | None:
     """Tells the feedback of a study to its search; None before any."""
-    search = make_search(study.config)
-    state, mixtures, values = recall(search, study)
+    search = make_search(study.config, study.sizes())
+    state, told, mixtures, values = recall(search, study)
     count, domains = mixtures.shape
     if count == 0:
         return None
-    mean, stderr = search.predict(state, mixtures)
+    at = [at_target(study.config, trial) for trial in told]
+    mean, stderr = search.predict(state, mixtures, at)
+    heard, _ = search.predict(state, mixtures, [trial.settings for trial in told])
     best = int(np.argmax(mean))
-    lines = [_line(mixtures[best], i) for i in range(domains)]
+    lines = [_line(mixtures[best], i) for i in range(domains)] if domains > 1 else []
     asked = np.concatenate([np.full((1, domains), 1 / domains), *lines])
-    means, stderrs = search.predict(state, asked)
+    means, stderrs = search.predict(state, asked, at[best])
     slices = []
-    for i in range(domains):
+    for i, line in enumerate(lines):
         part = slice(1 + i * POINTS, 1 + (i + 1) * POINTS)
-        slices.append(Slice(lines[i][:, i], means[part], stderrs[part], float(mixtures[best, i])))
+        slices.append(Slice(line[:, i], means[part], stderrs[part], float(mixtures[best, i])))
     uniform = (float(means[0]), float(stderrs[0]))
-    return Belief(best, mixtures, values, mean, stderr, uniform, tuple(slices), diagnose(search, state))
+    along = []
+    for setting in make_space(study.config).settings:
+        own = at[best][setting.name]
+        others = _others(setting, own)
+        given = [{**at[best], setting.name: value} for value in others]
+        means, stderrs = search.predict(state, np.tile(mixtures[best], (len(given), 1)), given)
+        along.append(_along(setting, others, means, stderrs, own))
+    report = diagnose(search, state)
+    return Belief(best, at[best], mixtures, values, mean, stderr, heard, uniform, tuple(slices), tuple(along), report)
+
+
+def _others(setting: Setting, own: Any) -> list[Any]:
+    """Values of a setting to compare, ascending if they are numbers: of members, those that differ by one or none."""
+    if isinstance(setting, Number):
+        values = [setting.decode(np.array([x])) for x in np.linspace(0.0, 1.0, POINTS)]
+        return sorted(set(values))
+    if isinstance(setting, Choice):
+        return list(setting.values)
+    changed = [
+        tuple(each for each in setting.members if (each in own) != (each == member)) for member in setting.members
+    ]
+    return [own, *(members for members in changed if len(members) >= setting.least)]
+
+
+def _along(setting: Setting, values: Sequence[Any], mean: np.ndarray, stderr: np.ndarray, own: Any) -> Along:
+    name = setting.name.rpartition(".")[2]
+    if isinstance(setting, Number):
+        return Along(name, tuple(map(float, values)), mean, stderr, float(own), setting.log)
+    told = [words({name: value})[name] for value in values]
+    return Along(name, tuple(told), mean, stderr, words({name: own})[name], False)
 
 
 def _line(mixture: np.ndarray, domain: int) -> np.ndarray:

@@ -108,7 +108,8 @@ def diagnose(search: Search, state: Observations) -> Report:
     shares = share_grids(constraints, size)
     with _host():
         (posterior,) = _fitted(search, state)
-        found = _measure(surrogate, constraints, posterior, state.settings, jnp.asarray(shares))
+        settings = search.space.at_target(state.settings)
+        found = _measure(surrogate, constraints, posterior, settings, jnp.asarray(shares))
         inverse = np.asarray(surrogate.inverse_lengthscales(posterior.hyperparameters))[:size]
         (mean, stderr, within), left_out = jax.device_get(found)
     centre, spread = float(posterior.centre), float(posterior.spread)
@@ -194,6 +195,8 @@ def importances(shares: np.ndarray, mean: np.ndarray, within: np.ndarray) -> np.
       mean, within: `[d, g]`, of `main_effects`.
     """
     size = len(shares)
+    if size == 1:
+        return np.zeros(1)
     chance = (np.arange(4096) + 0.5) / 4096
     found = np.zeros(size)
     for domain, grid in enumerate(shares):

@@ -82,7 +82,9 @@ def transform(kind: Map, roots: Array) -> Array:
 
 
 def spread_of(kind: Map, size: int) -> float:
-    """Root-mean-square distance of two uniformly random mixtures of `size` domains in the map."""
+    """Root-mean-square distance of two uniformly random mixtures of `size` domains in the map; 0.5 if there is one."""
+    if size == 1:
+        return 0.5
     rng = np.random.default_rng(0)
     shares = rng.dirichlet(np.ones(size), 2000)
     if kind == "hellinger":

@@ -1,4 +1,8 @@
-"""The best mixture by some acquisition: many starts that climb on the sphere of square roots of shares."""
+"""The best point by some acquisition: many starts that climb on the sphere of square roots of shares.
+
+Settings that are searched with the mixture climb beside it, whole numbers as if they were real; then each takes turns:
+one discrete setting changes if that is better, and the rest climbs again.
+"""
 
 from __future__ import annotations
 
@@ -13,22 +17,25 @@ from jax import Array
 
 from duet_jax.search import simplex
 from duet_jax.search.constraints import Constraints, bounds, gap, project, support
+from duet_jax.search.space import Space
 
-# Neighbours of each centre, candidates that climb, and steps of the climb.
-NEAR, REFINED, STEPS = 8, 16, 30
+# Neighbours of each centre, candidates that climb, steps of the climb, and turns of discrete settings.
+NEAR, REFINED, STEPS, TURNS = 8, 16, 30, 3
 Score = Callable[[Array], Array]
 
 
 class Found(NamedTuple):
-    """The highest point, `[d + extra]`, its score, and its Frank-Wolfe gap in the shares' convex set."""
+    """The highest point, `[d + e]`, its score, and its Frank-Wolfe gap, discrete settings held fixed."""
 
     point: Array
     score: Array
     gap: Array
 
 
-def maximise(score: Score, centres: Array, draws: Array, constraints: Constraints, *, key: Array) -> Found:
-    """Maximises `score`, a function of points `[m, d]` of the sphere's positive part, over the allowed mixtures.
+def maximise(
+    score: Score, centres: Array, draws: Array, constraints: Constraints, space: Space, *, key: Array
+) -> Found:
+    """Maximises `score`, a function of points `[m, d + e]`, over the allowed mixtures and settings.
 
     Candidates are landmarks of the simplex, random mixtures and neighbours of `centres`; the best of them climb.
     Faces of the simplex are reached exactly, by clipping. A smallest share or a largest number of domains chooses a
@@ -36,32 +43,64 @@ def maximise(score: Score, centres: Array, draws: Array, constraints: Constraint
 
     Args:
       score: differentiable; the gradient at a face may be anything.
-      centres: `[c, d]` points that look good already.
+      centres: `[c, d + e]` points that look good already: square roots of shares, then coordinates of settings.
       draws: `[n, d]` random mixtures, allowed or not.
       constraints: checked.
-      key: for the neighbours.
+      space: of the settings; a fidelity stays at its target.
+      key: for the neighbours and the random settings.
     """
-    size = centres.shape[1]
+    size = centres.shape[1] - space.width
+    key_near, key_settings = jax.random.split(key)
     lower: Array | np.ndarray
     upper: Array | np.ndarray
     lower, upper = bounds(constraints, size)
     onto = partial(to_set, lower=lower, upper=upper, groups=constraints.groups)
-    offsets = jax.random.normal(key, (NEAR, *centres.shape), centres.dtype) * (0.3 * size**-0.5)
+    roots, settings = centres[:, :size], centres[:, size:]
+    offsets = jax.random.normal(key_near, (NEAR, *roots.shape), centres.dtype) * (0.3 * size**-0.5)
     fixed = jnp.asarray(simplex.landmarks(size), centres.dtype)
     spread = simplex.hellinger(jnp.concatenate([fixed, draws]))
-    candidates = onto(jnp.concatenate([spread, centres, (centres + offsets).reshape(-1, size)]))
+    candidates = onto(jnp.concatenate([spread, roots, (roots + offsets).reshape(-1, size)]))
+    if space.width:
+        beside = jnp.concatenate([settings, jnp.tile(settings, (NEAR, 1))])
+        beside = jnp.concatenate([space.draws(key_settings, len(spread)).astype(beside.dtype), beside])
+        candidates = jnp.concatenate([candidates, space.at_target(beside)], axis=1)
     _, promising = jax.lax.top_k(score(candidates), REFINED)
-    top = climb(score, candidates[promising], onto, STEPS)
+    top = climb(score, candidates[promising], onto, STEPS, space.ordered)
     if constraints.floor or constraints.most is not None:
-        lower, upper = support(top.best**2, constraints)
+        lower, upper = support(top.best[:, :size] ** 2, constraints)
         onto = partial(to_set, lower=lower, upper=upper, groups=constraints.groups)
-        top = climb(score, onto(top.best), onto, STEPS)
+    if space.width:
+        top = _take_turns(score, top.best, onto, space)
+    elif constraints.floor or constraints.most is not None:
+        top = climb(score, onto(top.best), onto, STEPS, space.real)
     best = jnp.argmax(top.highest)
-    least, most = (jnp.broadcast_to(jnp.asarray(x, top.best.dtype), top.best.shape)[best] for x in (lower, upper))
-    point = top.best[best]
+    least, most = (jnp.broadcast_to(jnp.asarray(x, top.best.dtype), (REFINED, size))[best] for x in (lower, upper))
+    point, gradient = top.best[best], top.gradient[best]
     # A share of 0 has an infinite slope in the shares; at this one a step of 1e-7 is exact to first order.
-    in_shares = top.gradient[best] / (2.0 * jnp.maximum(point, 1e-7))
-    return Found(point, top.highest[best], gap(in_shares, point**2, least, most, constraints.groups))
+    in_shares = gradient[:size] / (2.0 * jnp.maximum(point[:size], 1e-7))
+    certificate = gap(in_shares, point[:size] ** 2, least, most, constraints.groups)
+    slope, at = jnp.where(space.real, gradient[size:], 0.0), point[size:]
+    certificate = certificate + jnp.sum(jnp.maximum(slope * (1.0 - at), -slope * at))
+    return Found(point, top.highest[best], certificate)
+
+
+def _take_turns(score: Score, points: Array, onto: Callable[[Array], Array], space: Space) -> Climb:
+    """Changes one discrete setting of each point at a time, where that is better, and climbs with the rest."""
+    size = points.shape[1] - space.width
+
+    def turn(points: Array, _: None) -> tuple[Array, Climb]:
+        settings = space.neighbours(points[:, size:])
+        mixtures = jnp.broadcast_to(points[:, None, :size], (*settings.shape[:2], size))
+        options = jnp.concatenate([mixtures, settings], axis=2)
+        each = score(options.reshape(-1, options.shape[2])).reshape(options.shape[:2])
+        chosen = jnp.take_along_axis(options, jnp.argmax(each, axis=1)[:, None, None], axis=1)[:, 0]
+        top = climb(score, chosen, onto, STEPS, space.real)
+        return top.best, top
+
+    # Only allowed points are compared from here on.
+    start = jnp.concatenate([onto(points[:, :size]), space.snap(points[:, size:])], axis=1)
+    _, turns = jax.lax.scan(turn, start, length=TURNS)
+    return jax.tree.map(lambda x: x[-1], turns)
 
 
 def to_set(points: Array, lower: Array | np.ndarray, upper: Array | np.ndarray, groups: tuple) -> Array:
@@ -82,12 +121,20 @@ class Climb(NamedTuple):
     gradient: Array
 
 
-def climb(score: Score, points: Array, onto: Callable[[Array], Array], steps: int) -> Climb:
-    """Projected gradient ascent of points `[m, d]` on the sphere's positive part.
+def climb(score: Score, points: Array, onto: Callable[[Array], Array], steps: int, free: np.ndarray) -> Climb:
+    """Projected gradient ascent of points `[m, d + e]`: on the sphere's positive part, and from 0 to 1 beside it.
 
     Steps are those of Barzilai and Borwein (IMA J. Numer. Anal. 1988, equation 5): not monotone, but after 20 of
     them the maximum is reached to about 1e-12, where a decreasing step leaves 1e-5.
+
+    Args:
+      score: differentiable function of points.
+      points: where to begin.
+      onto: puts the first d coordinates into their set.
+      steps: how many.
+      free: bool `[e]`, which of the other coordinates move.
     """
+    size = points.shape[1] - len(free)
 
     def total(points: Array) -> tuple[Array, Array]:
         each = score(points)
@@ -95,13 +142,25 @@ def climb(score: Score, points: Array, onto: Callable[[Array], Array], steps: in
 
     ascend = jax.grad(total, has_aux=True)
 
+    def within(points: Array) -> Array:
+        if not len(free):
+            return onto(points)
+        return jnp.concatenate([onto(points[:, :size]), jnp.clip(points[:, size:], 0.0, 1.0)], axis=1)
+
+    def along(gradient: Array, points: Array) -> Array:
+        # Only the part along the sphere changes the mixture.
+        roots, upwards = points[:, :size], gradient[:, :size]
+        slope = upwards - jnp.sum(upwards * roots, axis=1, keepdims=True) * roots
+        if not len(free):
+            return slope
+        return jnp.concatenate([slope, jnp.where(free, gradient[:, size:], 0.0)], axis=1)
+
     def ahead(at: Climb, _: None) -> tuple[Climb, None]:
         move = at.step * at.slope
         move = move * jnp.minimum(1.0, 0.3 / jnp.maximum(_length(move), 1e-12))
-        points = onto(at.points + move)
+        points = within(at.points + move)
         gradient, value = ascend(points)
-        # Only the part along the sphere changes the mixture.
-        slope = gradient - jnp.sum(gradient * points, axis=1, keepdims=True) * points
+        slope = along(gradient, points)
         change = points - at.points
         curvature = jnp.abs(jnp.sum(change * (slope - at.slope), axis=1, keepdims=True))
         least = 10.0 * jnp.finfo(points.dtype).eps ** 0.9

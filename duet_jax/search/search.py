@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import jax
@@ -19,12 +20,16 @@ from duet_jax.search.observations import Observations
 from duet_jax.search.program import Program, Proposal
 from duet_jax.search.surrogate import Posterior
 
+Settings = Mapping[str, Any] | Sequence[Mapping[str, Any]] | None
 # Rows of the buffers of queries and (at first) of pending mixtures, and how much a full buffer grows.
 QUERIES, PENDING, GROWTH = 64, 8, 4
 
 
 class Diagnostics(NamedTuple):
-    """A `Proposal` without its mixture, as Python numbers; origin is "initial" or the acquisition's name."""
+    """A `Proposal` without its mixture, as Python numbers.
+
+    origin is "initial" or the acquisition's name, and settings are by name; there are none without a space of them.
+    """
 
     mean: float
     stderr: float
@@ -34,6 +39,19 @@ class Diagnostics(NamedTuple):
     lengthscale: float
     amplitude: float
     origin: str
+    settings: dict[str, Any]
+
+
+class Best(NamedTuple):
+    """A mixture `[d]`, posterior mean and standard deviation of its noise-free value, and its settings by name.
+
+    With a fidelity, the value is that at the target, whatever the trial was given.
+    """
+
+    mixture: np.ndarray
+    mean: float
+    stderr: float
+    settings: dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +72,15 @@ class Search(Program):
         with _host():
             return self.start()
 
-    def tell(self, state: Observations, mixture: object, value: Any, stderr: Any = None) -> Observations:
+    def tell(
+        self,
+        state: Observations,
+        mixture: object,
+        value: Any,
+        stderr: Any = None,
+        *,
+        settings: Mapping[str, Any] | None = None,
+    ) -> Observations:
         """Adds an observation.
 
         Args:
@@ -62,40 +88,52 @@ class Search(Program):
           mixture: `[d]` shares.
           value: feedback of the search's kind; by default a number, higher is better.
           stderr: its standard error where it is known and independent of the other observations'.
+          settings: the training settings by name, where the search has a space of them; a fidelity that is not named
+            is the target.
 
         Raises:
-          ValueError: the mixture is no point of the simplex.
+          ValueError: the mixture is no point of the simplex, or a setting is missing, unknown or out of range.
           FeedbackError: the feedback is not of its kind.
         """
-        row = self._row(mixture, value, stderr)
+        row = self._row(mixture, value, stderr, settings)
         with _host():
             return _insert(self, self._room(state), *row)
 
-    def ask(self, state: Observations, *, key: Array, pending: object = None) -> tuple[np.ndarray, Diagnostics]:
+    def ask(
+        self, state: Observations, *, key: Array, pending: object = None, pending_settings: Settings = None
+    ) -> tuple[np.ndarray, Diagnostics]:
         """Proposes a mixture, float64 `[d]` that sums to 1, and what the surrogate expects of it.
 
         Args:
           state: what is known.
           key: a typed PRNG key; the same key proposes the same mixture.
           pending: `[p, d]` mixtures whose feedback has not come; the proposal keeps away from them.
+          pending_settings: their settings, one mapping each or one for all, where the search has a space of them.
         """
-        with _host():
-            _, proposal = _step(self, state, self._nothing(), *self._pending(pending), _local(key), self._rule(state))
-            return self._finish(proposal)
+        mixtures, diagnostics = self.ask_batch(state, 1, key=key, pending=pending, pending_settings=pending_settings)
+        return mixtures[0], diagnostics[0]
 
     def ask_batch(
-        self, state: Observations, count: int, *, key: Array, pending: object = None
+        self,
+        state: Observations,
+        count: int,
+        *,
+        key: Array,
+        pending: object = None,
+        pending_settings: Settings = None,
     ) -> tuple[np.ndarray, list[Diagnostics]]:
-        """Proposes `count` mixtures `[count, d]` to be tried at the same time, each away from those before it."""
-        waiting = self._rows([] if pending is None else pending)
-        mixtures: list[np.ndarray] = []
-        diagnostics: list[Diagnostics] = []
-        for number in range(count):
-            known = np.concatenate([waiting, np.reshape(mixtures, (number, self.num_domains))])
-            mixture, about = self.ask(state, key=jax.random.fold_in(key, number), pending=known)
-            mixtures.append(mixture)
-            diagnostics.append(about)
-        return np.reshape(mixtures, (count, self.num_domains)), diagnostics
+        """Proposes `count` mixtures `[count, d]` to be tried at the same time, each away from those before it.
+
+        It is one program, compiled once for each count. The first proposal is that of `ask` with the same key.
+        """
+        waiting = self._pending(pending, pending_settings)
+        with _host():
+            rule = self._rule(state)
+            _, proposals = _step(self, count, state, self._nothing(), *waiting, _local(key), rule)
+        proposals = jax.device_get(proposals)
+        found = [self._finish(jax.tree.map(itemgetter(i), proposals)) for i in range(count)]
+        mixtures = np.reshape([mixture for mixture, _ in found], (count, self.num_domains))
+        return mixtures, [about for _, about in found]
 
     def step(
         self,
@@ -105,49 +143,67 @@ class Search(Program):
         stderr: Any = None,
         *,
         key: Array,
+        settings: Mapping[str, Any] | None = None,
         pending: object = None,
+        pending_settings: Settings = None,
     ) -> tuple[Observations, np.ndarray, Diagnostics]:
         """`tell`, then `ask`, in one compiled program."""
-        row = self._row(mixture, value, stderr)
+        row = self._row(mixture, value, stderr, settings)
+        waiting = self._pending(pending, pending_settings)
         with _host():
             state = self._room(state)
-            state, proposal = _step(
-                self, state, (*row, True), *self._pending(pending), _local(key), self._rule(state, row)
-            )
-            return state, *self._finish(proposal)
+            rule = self._rule(state, row)
+            state, proposals = _step(self, 1, state, (*row[:2], True, row[2]), *waiting, _local(key), rule)
+        return state, *self._finish(jax.tree.map(itemgetter(0), jax.device_get(proposals)))
 
-    def best(self, state: Observations) -> tuple[np.ndarray, float, float]:
-        """The observed mixture of highest posterior mean, that mean, and its standard deviation.
+    def best(self, state: Observations) -> Best:
+        """The observed mixture (and settings) of highest posterior mean.
 
         Raises:
           ValueError: nothing has been observed.
         """
         count = self._count(state)
-        mixtures = np.asarray(state.mixtures)[:count]
-        mean, stderr = self.predict(state, mixtures)
+        mixtures, settings = np.asarray(state.mixtures)[:count], np.asarray(state.settings)[:count]
+        with _host():
+            targets = np.asarray(self.space.at_target(jnp.asarray(settings)))
+        mean, stderr = self._predict(state, np.concatenate([mixtures, targets], axis=1))
         top = int(np.argmax(mean))
-        return mixtures[top], float(mean[top]), float(stderr[top])
+        return Best(mixtures[top], float(mean[top]), float(stderr[top]), self._settings(settings[top]))
 
-    def recommend(self, state: Observations) -> tuple[np.ndarray, float, float]:
-        """The allowed mixture of highest posterior mean, tried or not, that mean, and its standard deviation.
+    def recommend(self, state: Observations) -> Best:
+        """The allowed mixture (and settings) of highest posterior mean, tried or not.
 
         Raises:
           ValueError: nothing has been observed.
         """
         self._count(state)
         greedy = dataclasses.replace(self, acquisition="ucb")
+        waiting = self._pending(None, None)
         with _host():
             rule = (jnp.asarray(0.0), jnp.asarray(0))
-            _, proposal = _step(greedy, state, self._nothing(), *self._pending(None), jax.random.key(0), rule)
-            mixture, about = self._finish(proposal)
-        return mixture, about.mean, about.stderr
+            _, proposals = _step(greedy, 1, state, self._nothing(), *waiting, jax.random.key(0), rule)
+        proposal = jax.tree.map(itemgetter(0), jax.device_get(proposals))
+        mixture, about = self._finish(proposal)
+        return Best(mixture, about.mean, about.stderr, self._settings(proposal.settings))
 
-    def predict(self, state: Observations, mixtures: object) -> tuple[np.ndarray, np.ndarray]:
-        """Posterior mean and standard deviation of the noise-free value, each float64 `[n]`, for `[n, d]` mixtures."""
-        rows = self._rows(mixtures)
-        count = len(rows)
-        padded = np.full((-(-count // QUERIES) * QUERIES, self.num_domains), 1 / self.num_domains)
-        padded[:count] = rows
+    def predict(
+        self, state: Observations, mixtures: object, settings: Settings = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Posterior mean and standard deviation of the noise-free value, each float64 `[n]`, for `[n, d]` mixtures.
+
+        Args:
+          state: what is known.
+          mixtures: `[n, d]`.
+          settings: one mapping each or one for all, where the search has a space of them; a fidelity that is not
+            named is the target.
+        """
+        return self._predict(state, self._points(mixtures, settings))
+
+    def _predict(self, state: Observations, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        count = len(points)
+        padded = np.zeros((-(-count // QUERIES) * QUERIES, points.shape[1]))
+        padded[:, : self.num_domains] = 1 / self.num_domains
+        padded[:count] = points
         mean, stderr = np.empty(len(padded)), np.empty(len(padded))
         with _host():
             posteriors = _fitted(self, state)
@@ -162,17 +218,30 @@ class Search(Program):
             raise ValueError("There is no best mixture before the first feedback.")
         return count
 
-    def _row(self, mixture: object, value: Any, stderr: Any) -> tuple[np.ndarray, Any]:
-        return simplex.check_mixture(mixture, self.num_domains), self.feedback.row(value, stderr, self.num_domains)
+    def _row(self, mixture: object, value: Any, stderr: Any, settings: Mapping[str, Any] | None) -> tuple:
+        checked = simplex.check_mixture(mixture, self.num_domains)
+        return checked, self.feedback.row(value, stderr, self.num_domains), self.space.encode(settings)
 
     def _nothing(self) -> tuple:
-        return np.zeros(self.num_domains), self.feedback.blank(self.num_domains), False
+        return np.zeros(self.num_domains), self.feedback.blank(self.num_domains), False, np.zeros(self.space.width)
 
-    def _rows(self, mixtures: object) -> np.ndarray:
+    def _points(self, mixtures: object, settings: Settings) -> np.ndarray:
+        """Mixtures and coordinates of their settings, `[n, d + e]`."""
         # As objects, so that rows of different lengths come as far as the check of each.
         rows = np.atleast_1d(np.asarray(mixtures, object))
         checked = [simplex.check_mixture(row, self.num_domains) for row in rows]
-        return np.reshape(checked, (len(checked), self.num_domains))
+        each = [settings] * len(checked) if settings is None or isinstance(settings, Mapping) else list(settings)
+        if len(each) != len(checked):
+            raise ValueError(f"There are settings for {len(each)} mixtures, but {len(checked)} mixtures.")
+        coordinates = np.reshape([self.space.encode(one) for one in each], (len(checked), self.space.width))
+        return np.concatenate([np.reshape(checked, (len(checked), self.num_domains)), coordinates], axis=1)
+
+    def _settings(self, coordinates: np.ndarray) -> dict[str, Any]:
+        """By name, without the fidelity, which is no property of what is best."""
+        found = self.space.decode(np.asarray(coordinates))
+        if self.space.fidelity is not None:
+            del found[self.space.fidelity.name]
+        return found
 
     def _room(self, state: Observations) -> Observations:
         """The same observations in buffers with at least one free row."""
@@ -185,13 +254,13 @@ class Search(Program):
 
         return jax.tree.map(grow, state)
 
-    def _pending(self, pending: object) -> tuple[np.ndarray, np.ndarray]:
-        """Pending mixtures in a buffer that doubles when full, and which of its rows are in use."""
-        rows = self._rows([] if pending is None else pending)
+    def _pending(self, pending: object, settings: Settings) -> tuple[np.ndarray, np.ndarray]:
+        """Pending points in a buffer that doubles when full, and which of its rows are in use."""
+        rows = self._points([] if pending is None else pending, settings)
         room = PENDING
         while room < len(rows):
             room *= 2
-        padded = np.zeros((room, self.num_domains))
+        padded = np.zeros((room, rows.shape[1]))
         padded[: len(rows)] = rows
         return padded, np.arange(room) < len(rows)
 
@@ -201,11 +270,11 @@ class Search(Program):
         return jnp.asarray(beta_at(self.schedule, self.beta, jnp.asarray(float(count)))), jnp.asarray(self.initial)
 
     def _finish(self, proposal: Proposal) -> tuple[np.ndarray, Diagnostics]:
-        proposal = jax.device_get(proposal)
         origin = "initial" if proposal.initial else self.acquisition
-        numbers = {name: float(getattr(proposal, name)) for name in Diagnostics._fields if name != "origin"}
+        settings = self.space.decode(np.asarray(proposal.settings))
+        numbers = (float(getattr(proposal, name)) for name in Diagnostics._fields[:-2])
         mixture = simplex.renormalise(np.array(proposal.mixture, np.float64))
-        return mixture, Diagnostics(**numbers, origin=origin)
+        return mixture, Diagnostics._make([*numbers, origin, settings])
 
 
 @contextlib.contextmanager
@@ -221,31 +290,39 @@ def _local(key: Array) -> Array:
     return jax.random.wrap_key_data(jnp.asarray(np.asarray(jax.random.key_data(key))), impl=implementation)
 
 
-# Compiled once for all equal searches: a search is a static argument. A row whose last entry is False leaves the
+# Compiled once for all equal searches: a search is a static argument. A row whose third entry is False leaves the
 # observations as they are, so that asking and stepping are one program.
-@partial(jax.jit, static_argnums=0)
+@partial(jax.jit, static_argnums=(0, 1))
 def _step(
-    search: Search, state: Observations, row: tuple, pending: Array, pending_mask: Array, key: Array, rule: tuple
+    search: Search,
+    count: int,
+    state: Observations,
+    row: tuple,
+    pending: Array,
+    pending_mask: Array,
+    key: Array,
+    rule: tuple,
 ) -> tuple[Observations, Proposal]:
     state = search.insert(state, *row)
-    return state, search.propose(
-        state, key=key, pending=pending, pending_mask=pending_mask, beta=rule[0], initial=rule[1]
+    return state, search.propose_batch(
+        state, count, key=key, pending=pending, pending_mask=pending_mask, beta=rule[0], initial=rule[1]
     )
 
 
 @partial(jax.jit, static_argnums=0)
-def _insert(search: Search, state: Observations, mixture: Array, feedback: Any) -> Observations:
-    return search.insert(state, mixture, feedback)
+def _insert(search: Search, state: Observations, mixture: Array, feedback: Any, settings: Array) -> Observations:
+    return search.insert(state, mixture, feedback, settings=settings)
 
 
 @partial(jax.jit, static_argnums=0)
 def _fitted(search: Search, state: Observations) -> list[Posterior]:
-    return search.fitted(state, jnp.zeros((0, search.num_domains)), jnp.zeros(0, bool))
+    nothing = jnp.zeros((0, search.num_domains + search.space.width))
+    return search.condition(search.fit(state), nothing, jnp.zeros(0, bool))
 
 
 @partial(jax.jit, static_argnums=0)
-def _expect(search: Search, posteriors: list[Posterior], mixtures: Array) -> tuple[Array, Array]:
-    mean, deviation = search.moments(posteriors, simplex.hellinger(mixtures))
+def _expect(search: Search, posteriors: list[Posterior], points: Array) -> tuple[Array, Array]:
+    mean, deviation = search.moments(posteriors, search.roots(points))
     if len(posteriors) > 1:
         return mean, deviation
     return posteriors[0].centre + posteriors[0].spread * mean, posteriors[0].spread * deviation

@@ -126,6 +126,7 @@ class Surrogate:
         utilities, one a domain, of which the share-weighted mean matters. None for nothing.
       extra: number of further coordinates of a point, each about from 0 to 1, with a lengthscale of its own: the
         settings of a training configuration that is searched together with the mixture.
+      fidelity: whether the last of them is how much a trial is given.
     """
 
     num_domains: int
@@ -133,6 +134,7 @@ class Surrogate:
     ard: bool = True
     trend: Literal["linear", "log"] | tuple[float, ...] | None = None
     extra: int = 0
+    fidelity: bool = False
 
     def inputs(self, points: Array, mask: Array | None = None) -> Inputs:
         """Inputs of points `[n, d + extra]`: square roots of the shares, then further coordinates."""
@@ -164,9 +166,13 @@ class Surrogate:
         and the number of domains: in a cube it would have to grow with the dimension, on a simplex it must not.
         """
         own = self.num_domains if self.ard else 0
-        # Further coordinates matter half as much as the mixture until feedback says otherwise.
-        relevance = np.concatenate([np.zeros(own), np.full(self.extra, math.log(0.5))])
-        strength = np.concatenate([np.full(own, 0.5), np.full(self.extra, 1.0)])
+        # Each further coordinate matters as much as the mixture until feedback says otherwise. If less were expected,
+        # only their ends would be tried.
+        relevance = np.zeros(own + self.extra)
+        strength = np.concatenate([np.full(own, 0.4), np.full(self.extra, 0.75)])
+        if self.fidelity:
+            # The ranks of mixtures are expected to change less with it.
+            relevance[-1], strength[-1] = math.log(0.5), 1.0
         trend = 0 if self.trend is None else 1
         lengthscale = math.log(1.3 * kernels.spread_of(self.map, self.num_domains))
         extra = ((), ()) if likelihood is None else (likelihood.mean, likelihood.scale)
@@ -265,6 +271,17 @@ class Surrogate:
         explained = jnp.sum((cross @ posterior.factor.T) ** 2, axis=1)
         variance = self.variance(posterior.hyperparameters, queries) - explained
         return cross @ posterior.weights, jnp.sqrt(jnp.maximum(variance, 1e-12))
+
+    def told(self, posterior: Posterior, points: Array) -> Array:
+        """Part of the last point's variance that feedback at each of the points `[m, d + extra]` takes away, `[m]`."""
+        queries = self.inputs(points)
+        last = jax.tree.map(lambda x: x[-1:], queries)
+        solved = self.covariance(posterior.hyperparameters, queries, posterior.inputs) @ posterior.factor.T
+        prior = self.covariance(posterior.hyperparameters, queries, last)[:, 0]
+        shared = prior - solved @ solved[-1]
+        variance = self.variance(posterior.hyperparameters, queries) - jnp.sum(solved**2, axis=1)
+        heard = variance + jnp.exp(posterior.hyperparameters.noise) + noise_floor(points.dtype)
+        return shared**2 / jnp.maximum(heard * variance[-1], 1e-12)
 
     def variance(self, hyperparameters: Hyperparameters, queries: Inputs) -> Array:
         """Prior variance `[m]` of the values at some inputs."""

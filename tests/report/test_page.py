@@ -17,7 +17,7 @@ from duet_jax import recall
 from duet_jax.errors import StudyError
 from duet_jax.report import figures, surrogate, write_report
 from duet_jax.report.surrogate import believe
-from duet_jax.search import Constraints, Search
+from duet_jax.search import Choice, Constraints, Number, Search, Subset
 from duet_jax.search.diagnostics import Effects, LeftOut, Report, diagnose
 from duet_jax.study import Study
 
@@ -77,11 +77,18 @@ class Stand:
         return []
 
     def tell(
-        self, state: list[tuple[np.ndarray, float]], mixture: np.ndarray, value: float, stderr: float | None
+        self,
+        state: list[tuple[np.ndarray, float]],
+        mixture: np.ndarray,
+        value: float,
+        stderr: float | None,
+        **_: object,
     ) -> list[tuple[np.ndarray, float]]:
         return [*state, (mixture, value)]
 
-    def predict(self, state: list[tuple[np.ndarray, float]], mixtures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def predict(
+        self, state: list[tuple[np.ndarray, float]], mixtures: np.ndarray, _: object
+    ) -> tuple[np.ndarray, np.ndarray]:
         seen, values = np.array([m for m, _ in state]), np.array([v for _, v in state])
         distance = np.abs(mixtures[:, None] - seen).sum(-1)
         return values[distance.argmin(1)], distance.min(1) + 0.01
@@ -234,7 +241,7 @@ def test_the_belief_is_that_of_the_search(tmp_path: Path, told: int, monkeypatch
     state = search.init()
     for mixture, value, error in zip(*study.observations(), strict=True):
         state = search.tell(state, mixture, value, error)
-    mixture, mean, stderr = search.best(state)
+    mixture, mean, stderr, _ = search.best(state)
     np.testing.assert_allclose(belief.mixtures[belief.best], mixture, rtol=1e-12)
     np.testing.assert_allclose([belief.mean[belief.best], belief.stderr[belief.best]], [mean, stderr])
     for i, line in enumerate(belief.slices):
@@ -247,6 +254,21 @@ def test_the_belief_is_that_of_the_search(tmp_path: Path, told: int, monkeypatch
     vertex, _ = search.predict(state, np.eye(3))
     np.testing.assert_allclose([line.mean[-1] for line in belief.slices], vertex, rtol=1e-6)
     np.testing.assert_allclose(belief.report.effects.mean[:, -1], vertex, rtol=1e-6)
+
+
+def test_settings_are_compared_one_at_a_time() -> None:
+    rank, rate = (
+        Number("training.lora.rank", 2, 4, integer=True),
+        Number("training.learning_rate", 1e-4, 1e-2, log=True),
+    )
+    assert surrogate._others(rank, 3) == [2, 3, 4]
+    rates = surrogate._others(rate, 1e-3)
+    assert len(rates) == surrogate.POINTS and rates[20] == pytest.approx(1e-3) and rates == sorted(rates)
+    assert surrogate._others(Choice("training.schedule", ("linear", "cosine")), "cosine") == ["linear", "cosine"]
+    targets = Subset("training.lora.targets", ("q", "k", "v"), least=2)
+    assert surrogate._others(targets, ("q", "v")) == [("q", "v"), ("q", "k", "v")]
+    line = surrogate._along(targets, [("q", "v"), ("q", "k", "v")], np.zeros(2), np.ones(2), ("q", "v"))
+    assert (line.name, line.values, line.at) == ("targets", ("q,v", "q,k,v"), "q,v")
 
 
 def test_lines_pass_through_the_best_mixture() -> None:

@@ -47,7 +47,7 @@ def test_samples_have_the_moments_of_the_posterior(trend):
     state = search.start()
     for mixture in rng.dirichlet(np.ones(D), 6):
         state = search.insert(state, mixture, (np.sin(4 * mixture[0]) + mixture[1], 0.1))
-    [posterior] = search.fitted(state, jnp.zeros((0, D)), jnp.zeros(0, bool))
+    [posterior] = search.condition(search.fit(state), jnp.zeros((0, D)), jnp.zeros(0, bool))
     points = jnp.sqrt(jnp.asarray(rng.dirichlet(np.ones(D), 5)))
     mean, deviation = search.moments([posterior], points)
     samples = jax.jit(jax.vmap(lambda key: draw(search.surrogate, posterior, 16, key=key)(points)))(

@@ -11,6 +11,7 @@ from scipy import optimize
 from duet_jax.search import Constraints, Group, simplex
 from duet_jax.search.constraints import contains
 from duet_jax.search.maximise import maximise
+from duet_jax.search.space import Space
 from duet_jax.search.surrogate import Problem, Surrogate
 
 D, N = 4, 12
@@ -44,7 +45,7 @@ def run(fitted, constraints=NONE):
     key = jax.random.key(0)
     centres = jnp.full((1, D), D**-0.5)
     draws = simplex.draws(key, 512, D)
-    return maximise(lambda x: bound(fitted, x), centres, draws, constraints, key=jax.random.fold_in(key, 1))
+    return maximise(lambda x: bound(fitted, x), centres, draws, constraints, Space(), key=jax.random.fold_in(key, 1))
 
 
 COMPILED = jax.jit(run)

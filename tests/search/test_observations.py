@@ -49,7 +49,7 @@ def test_the_search_learns_from_it(name):
         state = search.tell(state, mixture, tell(mixture, rng))
     mixture, diagnostics = search.ask(state, key=jax.random.key(0))
     assert math.fsum(mixture) == 1.0 and np.all(mixture >= 0) and diagnostics.gap < 1e-3
-    best, mean, stderr = search.recommend(state)
+    best, mean, stderr, _ = search.recommend(state)
     assert value(best) > -0.06, best
     assert value(best) > np.quantile([value(m) for m in MIXTURES], 0.9)
     predicted, _ = search.predict(state, MIXTURES)

@@ -108,15 +108,17 @@ class _Split(DotProduct):
 @pytest.mark.parametrize("surrogate", [SURROGATE, Surrogate(D, ard=False), Surrogate(D, map="raw", trend="log")])
 def test_padding_changes_nothing(surrogate):
     queries = jnp.sqrt(np.random.default_rng(2).dirichlet(np.ones(D), 5))
-    results = []
+    fits, moments = [], []
     for capacity in (N, 16, 64):
-        seen = problem(surrogate, capacity)
-        hyperparameters, seen = jax.jit(surrogate.fit)(seen)
-        posterior = surrogate.condition(hyperparameters, seen, nothing(surrogate))
-        results.append([*hyperparameters[:4], *surrogate.moments(posterior, queries)])
-    for other in results[1:]:
-        for one, two in zip(results[0], other, strict=True):
-            np.testing.assert_allclose(one, two, atol=1e-8)
+        hyperparameters, seen = jax.jit(surrogate.fit)(problem(surrogate, capacity))
+        fits.append(hyperparameters)
+        posterior = surrogate.condition(fits[0], seen, nothing(surrogate))
+        moments.append(surrogate.moments(posterior, queries))
+    for fit, moment in zip(fits[1:], moments[1:], strict=True):
+        np.testing.assert_allclose(moment, moments[0], atol=1e-12)
+        # The descent magnifies what rounding changes in its first steps.
+        for one, two in zip(fit[:4], fits[0][:4], strict=True):
+            np.testing.assert_allclose(one, two, atol=1e-6)
 
 
 def test_fit_is_a_stationary_point_that_no_random_point_beats():
