@@ -89,6 +89,7 @@ def test_proposals_keep_away_from_pending_mixtures():
     assert min(distances) > 1e-3
 
 
+@pytest.mark.slow
 def test_buffers_grow_without_loss_and_compile_once_per_size():
     search = Search(num_domains=D, capacity=4, beta=1.5)
     before = module._step._cache_size()
