@@ -23,13 +23,14 @@ from duet_jax.feedback import Deployed
 from duet_jax.job import Job, prepare
 
 
-def measure(job: Job, mixture: np.ndarray, seed: int) -> dict:
-    """Trains one mixture and asks the task."""
+def measure(job: Job, mixture: np.ndarray, settings: dict, seed: int) -> dict:
+    """Trains one mixture with a trial's settings and asks the task."""
     began = time.perf_counter()
     rows, _ = job.sample(job.counts(mixture), seed)
-    trained = job.trainer.fit(job.data, rows, seed=seed, start_seed=job.config.seed)
+    trainer = job.trainer_for(settings)
+    trained = trainer.fit(job.data, rows, seed=seed, start_seed=job.config.seed)
     assert job.task is not None
-    feedback = job.task(Deployed(job.engine, *job.trainer.deployable(trained.trainable)))
+    feedback = job.task(Deployed(job.engine, *trainer.deployable(trained.trainable)))
     return {
         "seed": seed,
         "value": feedback.value,
@@ -69,7 +70,7 @@ def main() -> None:
         for name, mixture in mixtures.items():
             key = f"{name}/{seed}"
             if key not in done:
-                done[key] = measure(job, mixture, seed)
+                done[key] = measure(job, mixture, result.settings or {}, seed)
                 kept.write_text(json.dumps(done))
     assert job.task is not None
     base = job.task(Deployed(job.engine, job.trainer.load_base()))

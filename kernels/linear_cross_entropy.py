@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 
 
-def _dot(x: Array, y: Array, axes: tuple[int, int], dtype: Any) -> Array:
+def dot(x: Array, y: Array, axes: tuple[int, int], dtype: Any) -> Array:
     """Contract one axis of each of two matrices, factors in `dtype`, float32 out."""
     return jax.lax.dot_general(
         x.astype(dtype),
@@ -39,7 +39,7 @@ def _weighted_first(hidden: Array, labels: Array, weights: Array, chunk: int) ->
 
 def _chunk_log_probs(hidden: Array, head: Array, labels: Array, dtype: Any) -> tuple[Array, Array, Array]:
     """Label log-probabilities `[chunk]`, logits `[chunk, vocab]` and their log-sum-exp `[chunk]`."""
-    logits = _dot(hidden, head, (1, 1), dtype)
+    logits = dot(hidden, head, (1, 1), dtype)
     log_normaliser = jax.nn.logsumexp(logits, axis=-1)
     chosen = jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
     return chosen - log_normaliser, logits, log_normaliser
@@ -108,35 +108,51 @@ def linear_cross_entropy(
     return -jnp.sum(weights * log_probs)
 
 
-def _forward(hidden: Any, head: Any, labels: Any, weights: Any, chunk: int, compute_dtype: Any) -> tuple[Array, tuple]:
-    head_perturbed = head.perturbed
-    hidden, head, labels, weights = hidden.value, head.value, labels.value, weights.value
+def losses_and_gradients(
+    hidden: Array, head: Array, labels: Array, weights: Array, chunk: int, compute_dtype: Any, *, of_head: bool
+) -> tuple[Array, Array, Array, Array]:
+    """Each token's weighted loss, and the gradients of their sum, in one pass over the logits.
+
+    Args:
+      hidden, head, labels, weights, chunk, compute_dtype: as for `linear_cross_entropy`.
+      of_head: whether the head's gradient is wanted.
+
+    Returns:
+      Losses float32 `[N]`, log-sum-exps of the logits float32 `[N]` (any number in rows of weight 0), the gradient
+      `[N, D]` of `hidden` in its dtype, and that of the head, float32 `[V, D]`, or a scalar 0.
+    """
     count = hidden.shape[0]
     rows_in, labels, weights, order, chunks = _weighted_first(hidden, labels, weights, chunk)
 
     def body(i: Array, carry: tuple) -> tuple:
-        loss, hidden_gradient, head_gradient = carry
+        losses, normalisers, hidden_gradient, head_gradient = carry
         rows = partial(jax.lax.dynamic_slice_in_dim, start_index=i * chunk, slice_size=chunk)
+        put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=i * chunk, axis=0)
         x, label, weight = rows(rows_in), rows(labels), rows(weights)
         log_probs, logits, log_normaliser = _chunk_log_probs(x, head, label, compute_dtype)
-        loss -= jnp.sum(weight * log_probs)
         error = jnp.exp(logits - log_normaliser[:, None])
         error = error - (jnp.arange(head.shape[0])[None, :] == label[:, None])
         error = (error * weight[:, None]).astype(compute_dtype)
-        x_gradient = _dot(error, head, (1, 0), compute_dtype)
-        hidden_gradient = jax.lax.dynamic_update_slice_in_dim(
-            hidden_gradient, x_gradient.astype(hidden.dtype), i * chunk, 0
-        )
-        if head_perturbed:
-            head_gradient += _dot(error, x, (0, 0), compute_dtype)
-        return loss, hidden_gradient, head_gradient
+        x_gradient = dot(error, head, (1, 0), compute_dtype)
+        if of_head:
+            head_gradient += dot(error, x, (0, 0), compute_dtype)
+        found = put(losses, -weight * log_probs), put(normalisers, log_normaliser)
+        return *found, put(hidden_gradient, x_gradient.astype(hidden.dtype)), head_gradient
 
-    empty = jnp.zeros(head.shape if head_perturbed else (), jnp.float32)
-    start = (jnp.zeros((), jnp.float32), jnp.zeros_like(rows_in), empty)
-    loss, hidden_gradient, head_gradient = jax.lax.fori_loop(0, chunks, body, start)
-    hidden_gradient = jnp.zeros_like(hidden).at[order].set(hidden_gradient[:count])
+    zeros = jnp.zeros(rows_in.shape[0], jnp.float32)
+    empty = jnp.zeros(head.shape if of_head else (), jnp.float32)
+    *found, head_gradient = jax.lax.fori_loop(0, chunks, body, (zeros, zeros, jnp.zeros_like(rows_in), empty))
+    losses, normalisers, hidden_gradient = (jnp.zeros_like(x[:count]).at[order].set(x[:count]) for x in found)
+    return losses, normalisers, hidden_gradient, head_gradient
+
+
+def _forward(hidden: Any, head: Any, labels: Any, weights: Any, chunk: int, compute_dtype: Any) -> tuple[Array, tuple]:
+    losses, _, hidden_gradient, head_gradient = losses_and_gradients(
+        hidden.value, head.value, labels.value, weights.value, chunk, compute_dtype, of_head=head.perturbed
+    )
     # A zero-size array carries the head's dtype to the backward rule, which may hold only arrays.
-    return loss, (hidden_gradient, head_gradient if head_perturbed else None, jnp.zeros(0, head.dtype))
+    like_head = jnp.zeros(0, head.value.dtype)
+    return jnp.sum(losses), (hidden_gradient, head_gradient if head.perturbed else None, like_head)
 
 
 def _backward(chunk: int, compute_dtype: Any, gradients: tuple, output_gradient: Array) -> tuple:

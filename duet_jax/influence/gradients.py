@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -84,15 +85,15 @@ class ExampleGradients:
 
         A projection that keeps parameters apart gives them in the order of their sorted names, layers within.
         """
-        return self._compiled(Sketch(projection, feature))
+        return program_of(self, Sketch(projection, feature))
 
     def squared_norms(self, feature: Feature = PLAIN) -> Callable[..., Examples]:
         """Exact squared norms, float32 `[B]`."""
-        return self._compiled(SquaredNorm(feature))
+        return program_of(self, SquaredNorm(feature))
 
     def inner_products(self, feature: Feature = PLAIN) -> Callable[..., Examples]:
         """Exact inner products with the Q gradients of `targets`, float32 `[B, Q]`."""
-        return self._compiled(InnerProducts(feature))
+        return program_of(self, InnerProducts(feature))
 
     def second_moments(self) -> Callable[..., Examples]:
         """Sums of `x x^T` and `d d^T` of every layer over the batch; of loss sums, whatever `reduction` is.
@@ -102,7 +103,7 @@ class ExampleGradients:
         """
         if self.head:
             raise ValueError("The second moments of the output head are [V, V] and are not computed; set head=False.")
-        return dataclasses.replace(self, reduction="sum")._compiled(SecondMoments())
+        return program_of(dataclasses.replace(self, reduction="sum"), SecondMoments())
 
     def named(self, tree: Any) -> dict[str, Array]:
         """Takes a tree like the trainable parameters apart: `{name: [L, rows, cols]}`, the head as `[1, V, D]`.
@@ -187,7 +188,7 @@ class ExampleGradients:
         found, values = jax.grad(losses, has_aux=True)(start, None)
         return Examples(_side_by_side(found) if rule.per_example else found, values)
 
-    def _compiled(self, rule: Rule) -> Callable[..., Examples]:
+    def _compile(self, rule: Rule) -> Callable[..., Examples]:
         def run(
             params: llama.Params,
             lora: Lora | None,
@@ -240,6 +241,12 @@ class ExampleGradients:
             return compiled(params, lora, tokens, weights, labels=labels, **extra)
 
         return placed
+
+
+@lru_cache(maxsize=64)
+def program_of(gradients: ExampleGradients, rule: Rule) -> Callable[..., Examples]:
+    """The program of a rule: one for all checkpoints and calls."""
+    return gradients._compile(rule)
 
 
 def contexts(

@@ -16,12 +16,7 @@ from jax import Array
 
 from duet_jax.influence.projections import Blocks, product
 from duet_jax.influence.tap import Context, Rule
-from duet_jax.kernels.linear_cross_entropy import token_log_probs
-
-
-def _dot(x: Array, y: Array, axes: tuple[int, int], dtype: Any) -> Array:
-    contract = (((axes[0],), (axes[1],)), ((), ()))
-    return jax.lax.dot_general(x.astype(dtype), y.astype(dtype), contract, preferred_element_type=jnp.float32)
+from duet_jax.kernels.linear_cross_entropy import dot, losses_and_gradients, token_log_probs
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -76,34 +71,18 @@ def _forward(
 ) -> tuple[Array, tuple]:
     """Losses and their gradients in one pass over the logits: a cotangent only scales a sequence's gradient."""
     del accumulator
-    shape, count = weights.shape, weights.size
-    order = jnp.argsort(weights.reshape(-1) == 0, stable=True)
-
-    def in_order(array: Array) -> Array:
-        flat = array.reshape(count, *array.shape[2:])[order]
-        return jnp.pad(flat, [(0, -count % chunk)] + [(0, 0)] * (flat.ndim - 1))
-
-    rows, row_labels, row_weights = in_order(hidden), in_order(labels), in_order(weights)
-
-    def body(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        take = partial(jax.lax.dynamic_slice_in_dim, start_index=i * chunk, slice_size=chunk)
-        put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=i * chunk, axis=0)
-        label, weight = take(row_labels), take(row_weights)
-        logits = _dot(take(rows), head, (1, 1), compute_dtype)
-        normaliser = jax.nn.logsumexp(logits, axis=-1)
-        loss = weight * (normaliser - jnp.take_along_axis(logits, label[:, None], axis=-1)[:, 0])
-        error = jnp.exp(logits - normaliser[:, None]) - (jnp.arange(head.shape[0]) == label[:, None])
-        gradient = _dot(error * weight[:, None], head, (1, 0), compute_dtype)
-        return put(carry[0], loss), put(carry[1], normaliser), put(carry[2], gradient.astype(hidden.dtype))
-
-    used = (jnp.count_nonzero(weights) + chunk - 1) // chunk
-    start = (jnp.zeros(rows.shape[0]), jnp.zeros(rows.shape[0]), jnp.zeros_like(rows))
-    found = jax.lax.fori_loop(0, used, body, start)
-    losses, normalisers, gradients = (
-        jnp.zeros_like(x[:count]).at[order].set(x[:count]).reshape(*shape, *x.shape[1:]) for x in found
+    shape = weights.shape
+    losses, normalisers, gradients, _ = losses_and_gradients(
+        hidden.reshape(-1, hidden.shape[-1]),
+        head,
+        labels.reshape(-1),
+        weights.reshape(-1),
+        chunk,
+        compute_dtype,
+        of_head=False,
     )
-    kept = None if rule is None else (context, hidden, head, labels, weights, normalisers)
-    return jnp.sum(losses, axis=1), (gradients, kept)
+    kept = None if rule is None else (context, hidden, head, labels, weights, normalisers.reshape(shape))
+    return jnp.sum(losses.reshape(shape), axis=1), (gradients.reshape(hidden.shape), kept)
 
 
 def _backward(rule: Rule | None, chunk: int, compute_dtype: Any, kept: tuple, cotangent: Array) -> tuple:
@@ -147,7 +126,7 @@ def _head_gradients(
                 x, label, weight, normaliser = (
                     jax.lax.dynamic_slice_in_dim(part, i * chunk, chunk, 1) for part in parts
                 )
-                logits = _dot(x, here, (2, 1), dtype)
+                logits = dot(x, here, (2, 1), dtype)
                 error = jnp.exp(logits - normaliser[..., None]) - (tokens == label[..., None])
                 error = jnp.where(tokens < plan.rows, error * weight[..., None], 0.0)
                 return total + product(error.astype(dtype), x)

@@ -21,9 +21,9 @@ import numpy as np
 from jax import Array
 
 from duet_jax.influence.features import Feature, Gradient, Moments, State
-from duet_jax.influence.gradients import CHUNK, ExampleGradients, Examples
+from duet_jax.influence.gradients import CHUNK, ExampleGradients, Examples, program_of
 from duet_jax.influence.projections import Projection, blocks, product
-from duet_jax.influence.tap import Context, InnerProducts, Rule, SecondMoments, Sketch, Source
+from duet_jax.influence.tap import Context, InnerProducts, SecondMoments, Sketch, Source
 from duet_jax.models import llama
 from duet_jax.models.lora import Lora
 
@@ -117,7 +117,7 @@ def fit(
     draw = sample_labels(plain)
 
     def total(rule: SecondMoments | EigenSquares, **extra: Any) -> tuple[Any, float]:
-        found, examples, run = None, 0.0, _program(plain, rule)
+        found, examples, run = None, 0.0, program_of(plain, rule)
         for number, (tokens, weights) in enumerate(batches):
             labels = None if key is None else draw(params, lora, tokens, jax.random.fold_in(key, number))
             values = run(params, lora, tokens, weights, labels=labels, **extra).values
@@ -219,7 +219,7 @@ def whitened_sketch(
       ValueError: the head is asked for.
     """
     plain = dataclasses.replace(_without_head(gradients), reduction=gradients.reduction)
-    program = _program(plain, WhitenedSketch(projection, Eigenbasis()))
+    program = program_of(plain, WhitenedSketch(projection, Eigenbasis()))
     scaled = {
         name: eigen._replace(values=jax.jit(damping.powers, static_argnums=1)(eigen, -0.5))
         for name, eigen in curvature.items()
@@ -236,7 +236,7 @@ def total_gradient(gradients: ExampleGradients) -> Callable[..., Examples]:
     Raises:
       ValueError: the head is asked for.
     """
-    return _program(dataclasses.replace(_without_head(gradients), reduction=gradients.reduction), Total())
+    return program_of(dataclasses.replace(_without_head(gradients), reduction=gradients.reduction), Total())
 
 
 def fisher_product(
@@ -260,7 +260,7 @@ def fisher_product(
       ValueError: the head is asked for.
     """
     plain = _without_head(gradients)
-    inner, total = _program(plain, InnerProducts()), _program(plain, Total())
+    inner, total = program_of(plain, InnerProducts()), program_of(plain, Total())
     examples = jnp.maximum(jnp.count_nonzero(jnp.any(weights != 0, axis=1)), 1)
 
     def multiply(v: Mapping[str, Array]) -> dict[str, Array]:
@@ -269,12 +269,6 @@ def fisher_product(
         return total(params, lora, tokens, weights * along / examples, labels=labels).values
 
     return multiply
-
-
-@lru_cache(maxsize=64)
-def _program(gradients: ExampleGradients, rule: Rule) -> Callable[..., Examples]:
-    """Compiled once for all checkpoints."""
-    return gradients._compiled(rule)
 
 
 def _without_head(gradients: ExampleGradients) -> ExampleGradients:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from duet_jax.influence import gradients as gradients_module
 from duet_jax.influence import projections
 from duet_jax.influence.any_loss import of_any_loss
 from duet_jax.influence.features import Adam, FrozenAdam, Moments, RankOne, Sign
@@ -251,6 +252,7 @@ def test_features_are_their_formulas_on_whole_gradients(feature):
 def test_gradients_in_blocks(monkeypatch):
     """No gradient is whole in memory, that of the head neither: 100 values for each example at a time."""
     monkeypatch.setattr(projections, "GRADIENT_VALUES", ROWS * 100)
+    gradients_module.program_of.cache_clear()
     found = dataclasses.replace(FULL, micro_batch=None).sketch(CountSketch(32, 7))(*inputs(FULL))
     close(found.values, expected_sketch(CountSketch(32, 7), whole(FULL)[1]))
 
