@@ -13,8 +13,17 @@ from jax import Array
 LONGEST, DECREASE = 1.0, 1e-4
 
 
-class _At(NamedTuple):
-    """The best point, its value, slope and what goes with it; the inverse Hessian; the step to try next."""
+class Found(NamedTuple):
+    """Where a minimisation stands.
+
+    Attributes:
+      point: `[p]`, the lowest found.
+      value: of the function there.
+      slope: `[p]`, its gradient.
+      carry: what goes with the point.
+      inverse: `[p, p]`, of the Hessian, as far as it is known; a negative corner: not at all.
+      step: `[p]`, to try next.
+    """
 
     point: Array
     value: Array
@@ -25,8 +34,12 @@ class _At(NamedTuple):
 
 
 def minimise(
-    function: Callable[[Array, Any], tuple[Array, Any]], start: Array, carry: Any, evaluations: int
-) -> tuple[Array, Array, Any]:
+    function: Callable[[Array, Any], tuple[Array, Any]],
+    start: Array,
+    carry: Any,
+    evaluations: int,
+    inverse: Array | None = None,
+) -> Found:
     """BFGS (Nocedal & Wright 2006, algorithm 6.1) with one evaluation an iteration and no line search.
 
     A step that does not lower the value enough is tried again shorter, from the same point. So the loop has no
@@ -39,14 +52,12 @@ def minimise(
       start: `[p]`.
       carry: of the first evaluation.
       evaluations: how many times the function is evaluated with its gradient.
-
-    Returns:
-      The lowest point found, its value, and what it carries.
+      inverse: `[p, p]`, a guess of the inverse Hessian.
     """
     differentiate = jax.value_and_grad(function, has_aux=True)
     identity = jnp.eye(start.shape[0], dtype=start.dtype)
 
-    def iterate(at: _At, _: None) -> tuple[_At, None]:
+    def iterate(at: Found, _: None) -> tuple[Found, None]:
         trial = at.point + at.step
         (value, carry), slope = differentiate(trial, at.carry)
         slope = jnp.where(jnp.isfinite(slope), slope, 0.0)
@@ -72,12 +83,12 @@ def minimise(
         back = at.step * jnp.clip(jnp.where(jnp.isfinite(shorter), shorter, 0.1), 0.1, 0.5)
         pick = lambda new, old: jnp.where(better, new, old)  # noqa: E731
         kept = jax.tree.map(pick, carry, at.carry)
-        return _At(
+        return Found(
             pick(trial, at.point), pick(value, at.value), pick(slope, at.slope), kept, inverse, pick(ahead, back)
         ), None
 
     zero = jnp.zeros_like(start)
     # A negative corner marks an inverse Hessian that is not known yet.
-    begin = _At(start, jnp.full((), jnp.inf, start.dtype), zero, carry, -identity, zero)
-    end, _ = jax.lax.scan(iterate, begin, None, length=evaluations)
-    return end.point, end.value, end.carry
+    guess = -identity if inverse is None else inverse
+    begin = Found(start, jnp.full((), jnp.inf, start.dtype), zero, carry, guess, zero)
+    return jax.lax.scan(iterate, begin, None, length=evaluations)[0]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from functools import partial
 from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
@@ -25,6 +26,8 @@ from duet_jax.search.quasi_newton import minimise
 # Evaluations of the fit from each start, and shifts of the prior's mean (lengthscale, noise) that are starts.
 EVALUATIONS = 25
 STARTS = ((0.0, 0.0), (-1.0, -2.0))
+# Rows that all starts are fitted to where there are more; from the best of them a few evaluations with all rows follow.
+FEW, FINE = 64, 10
 
 
 class Hyperparameters(NamedTuple):
@@ -223,25 +226,32 @@ class Surrogate:
         scale_vector, _ = ravel_pytree(jax.tree.map(lambda x: x.astype(dtype), scale))
 
         # In units of the priors, where all variables are alike and the prior is a unit normal.
-        def objective(units: Array, latent: Array) -> tuple[Array, Array]:
+        def objective(problem: Problem, units: Array, latent: Array) -> tuple[Array, Array]:
             hyperparameters = unravel(mean_vector + scale_vector * units)
             evidence, (latent, _, _) = self.log_evidence(hyperparameters, problem, likelihood, latent)
             return 0.5 * units @ units - evidence, jax.lax.stop_gradient(latent)
-
-        def descend(start: Array) -> tuple[Array, Array, Array]:
-            return minimise(objective, start, problem.values, EVALUATIONS)
 
         lengthscale, noise = jnp.asarray(STARTS, dtype).T
         starts = jnp.zeros((len(STARTS), len(mean_vector)), dtype)
         at_noise = mean.relevance.size + 2
         starts = starts.at[:, 0].set(lengthscale).at[:, at_noise].set(noise)
+        few = problem if len(problem.values) <= FEW else _thin(problem)
         # One start after another: on the CPU a batch of small factorisations is slower than their sum.
-        points, values, latents = jax.lax.map(descend, starts)
-        best = jnp.argmin(jnp.where(jnp.isfinite(values), values, jnp.inf))
-        hyperparameters = unravel(mean_vector + scale_vector * points[best])
+        ends = jax.lax.map(lambda at: minimise(partial(objective, few), at, few.values, EVALUATIONS), starts)
+        best = jnp.argmin(jnp.where(jnp.isfinite(ends.value), ends.value, jnp.inf))
+        end = jax.tree.map(lambda x: x[best], ends)
+        point, latent = end.point, end.carry
+        if few is not problem:
+            count = jnp.sum(problem.inputs.mask)
+            # All the evidence is about that much more curved than that of the few.
+            inverse = end.inverse * jnp.minimum(1.0, FEW / count)
+            fine = minimise(partial(objective, problem), point, problem.values, FINE, inverse)
+            # Where the few were all, nothing is to be added: the size of the buffer must not matter.
+            point, latent = jnp.where(count > FEW, fine.point, point), fine.carry
+        hyperparameters = unravel(mean_vector + scale_vector * point)
         if likelihood is None:
             return hyperparameters, problem
-        _, (_, targets, variances) = self.log_evidence(hyperparameters, problem, likelihood, latents[best])
+        _, (_, targets, variances) = self.log_evidence(hyperparameters, problem, likelihood, latent)
         return hyperparameters, problem._replace(values=targets, variances=variances)
 
     def condition(self, hyperparameters: Hyperparameters, problem: Problem, pending: Inputs) -> Posterior:
@@ -287,6 +297,16 @@ class Surrogate:
         """Prior variance `[m]` of the values at some inputs."""
         slope = jnp.exp(jnp.sum(hyperparameters.slope))
         return jnp.exp(hyperparameters.signal) + slope * jnp.sum(queries.trend**2, axis=1)
+
+
+def _thin(problem: Problem) -> Problem:
+    """`FEW` of the observations, evenly over the order they came in; all of them where there are no more."""
+    count = jnp.sum(problem.inputs.mask).astype(int)
+    rows = jnp.arange(FEW) * jnp.maximum(count, FEW) // FEW
+    inputs, values, variances, told = jax.tree.map(
+        lambda x: x[rows], (problem.inputs, problem.values, problem.variances, problem.rows)
+    )
+    return problem._replace(inputs=inputs, values=values, variances=variances, rows=told)
 
 
 def standardise(values: Array, mask: Array) -> tuple[Array, Array, Array]:
