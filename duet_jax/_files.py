@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import os
 import tempfile
 from pathlib import Path
 
+import numpy as np
 
-def write(path: Path, text: str) -> None:
+
+def write(path: Path, content: str | bytes) -> None:
     """Replaces a file: to whoever reads it, and whenever the machine stops, it is the old one or the new."""
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
@@ -25,6 +28,13 @@ def write(path: Path, text: str) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    """Replaces a .npy file, as `write` does."""
+    content = io.BytesIO()
+    np.save(content, array, allow_pickle=False)
+    write(path, content.getvalue())
 
 
 def is_temporary(path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""The command line: duet run | ask | tell | info | report.
+"""The command line: duet run | ask | tell | info | report | select.
 
 Only the command that computes imports what computes, so that help, `tell` and `info` answer at once.
 """
@@ -35,7 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # argparse takes positional arguments in one piece only; overrides and scores may also stand after options.
     if options.command is _tell and options.score is None and len(rest) == 1:
         options.score = _as_score(parser, rest.pop())
-    strays = [word for word in rest if options.command is not _run or word.startswith("-") or "=" not in word]
+    repeatable = options.command in (_run, _select)
+    strays = [word for word in rest if not repeatable or word.startswith("-") or "=" not in word]
     if strays:
         parser.error(f"unrecognized arguments: {' '.join(strays)}")
     if rest:
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"duet: error: {error}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
-        hint = "; the same command goes on from here" if options.command is _run else ""
+        hint = "; the same command goes on from here" if repeatable else ""
         print(f"duet: stopped{hint}.", file=sys.stderr)
         return INTERRUPTED
     return 0
@@ -92,6 +93,13 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("folder", type=Path, metavar="DIR", help="study directory")
     report.add_argument("--output", type=Path, metavar="FILE", help="(default: DIR/report.html)")
     report.set_defaults(command=_report)
+
+    select = commands.add_parser("select", help="score and choose training examples, without a study")
+    select.add_argument("config", type=Path, metavar="CONFIG", help="YAML file; configs/ holds some to start from")
+    select.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a value, as count=500")
+    select.add_argument("--output", type=Path, metavar="DIR", help="where to (default: selections/NAME)")
+    select.add_argument("--quiet", action="store_true", help="print nothing")
+    select.set_defaults(command=_select)
     return parser
 
 
@@ -104,6 +112,16 @@ def _run(options: argparse.Namespace) -> None:
     from duet_jax import duet
 
     duet.run(config, folder, options.quiet)
+
+
+def _select(options: argparse.Namespace) -> None:
+    if not options.config.is_file():
+        raise ConfigError(f"There is no file {options.config}; {_packaged(options.config.name)}")
+    config = configs.load_selection(options.config, options.overrides)
+
+    from duet_jax.select import select
+
+    select(config, options.output or Path("selections") / config.name, options.quiet)
 
 
 def _ask(options: argparse.Namespace) -> None:

@@ -11,20 +11,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 
 from duet_jax._checks import FieldError, at_least, distinct, require
+from duet_jax._data_config import DataConfig
+from duet_jax._data_config import DomainConfig as DomainConfig
 from duet_jax._decode import decode, encode, flat, override, parse
 from duet_jax._search_config import FidelityConfig as FidelityConfig
 from duet_jax._search_config import GroupConfig as GroupConfig
 from duet_jax._search_config import SearchConfig
 from duet_jax._search_config import SettingConfig as SettingConfig
-from duet_jax._task import TaskConfig, check_rows
+from duet_jax._selector_config import SelectorConfig
+from duet_jax._task import TaskConfig
 from duet_jax._task import WeightedTask as WeightedTask
 from duet_jax.errors import ConfigError
 
+Config = TypeVar("Config")
 Target = Literal["q", "k", "v", "o", "gate", "up", "down"]
 LARGEST_SEED = 2**31 - 1
 # What sums of shares may miss 1 by: rounding of decimal fractions.
@@ -72,72 +76,6 @@ class ModelConfig:
             found = "neither is given" if self.source is None else "both are given"
             raise FieldError("source", f"or scratch must describe the model, exactly one of them; {found}.")
         require(self.source != "", "source", self.source, "a folder, a .gguf file, package:NAME or a hub name")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DomainConfig:
-    """A domain's rows and how they become examples.
-
-    Attributes:
-      source: .jsonl, .json or .parquet file, `datasets` folder, hub name, or "synthetic:KIND".
-      prompt, response: columns; the response is the part that is trained on.
-      messages: column with chat messages, in place of the two.
-      max_examples: a seeded subsample of this size.
-      options: of a synthetic kind.
-      minimum, maximum: bounds of its share in every mixture.
-    """
-
-    name: str
-    source: str
-    split: str = "train"
-    prompt: str = "prompt"
-    response: str = "response"
-    messages: str | None = None
-    max_examples: int | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
-    minimum: float = 0.0
-    maximum: float = 1.0
-
-    def __post_init__(self) -> None:
-        require(0 <= self.minimum <= 1, "minimum", self.minimum, "a share, from 0 to 1")
-        require(self.minimum <= self.maximum <= 1, "maximum", self.maximum, "from the minimum to 1")
-        require(self.name.isprintable() and self.name.strip() != "", "name", self.name, "a name on one line")
-        check_rows(self)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """The domains, in the order of every mixture, and how their examples are cut to length.
-
-    Attributes:
-      validation_fraction: share of each domain that is never trained on.
-      validation_examples: at most so many of them are scored after each training; 0 scores none.
-      max_length: tokens; longer examples are cut, which is reported.
-      buckets: ascending lengths that batches are padded to, the last is `max_length`. One program is compiled
-        for each. Empty: a quarter, a half and the whole of `max_length`.
-    """
-
-    domains: tuple[DomainConfig, ...]
-    validation_fraction: float = 0.1
-    validation_examples: int = 16
-    max_length: int = 256
-    buckets: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        names = [domain.name for domain in self.domains]
-        for i, name in enumerate(names):
-            if name in names[:i]:
-                raise FieldError(f"domains.{i}.name", f"is {name!r} a second time; every domain needs its own.")
-        require(0 <= self.validation_fraction < 1, "validation_fraction", self.validation_fraction, "in [0, 1)")
-        at_least(0, self, "validation_examples")
-        at_least(2, self, "max_length")
-        if not self.buckets:
-            lengths = {max(2, self.max_length // 4), max(2, self.max_length // 2), self.max_length}
-            object.__setattr__(self, "buckets", tuple(sorted(lengths)))
-        ascending = all(a < b for a, b in zip(self.buckets, self.buckets[1:], strict=False))
-        require(ascending and self.buckets[0] >= 2, "buckets", list(self.buckets), "ascending lengths from 2")
-        fits = self.buckets[-1] == self.max_length
-        require(fits, "buckets", list(self.buckets), f"a list that ends with max_length ({self.max_length})")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,30 +154,6 @@ class FeedbackConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SelectorConfig:
-    """Which examples of a domain are trained on.
-
-    Attributes:
-      kind: equal utilities, or those of the file `path`.
-      rule: that turns utilities and a count into examples.
-      fraction: share that the rule "remove_lowest" removes.
-    """
-
-    kind: Literal["random", "utilities"] = "random"
-    path: str | None = None
-    rule: Literal["weighted", "top_k", "remove_lowest"] = "weighted"
-    fraction: float = 0.2
-
-    def __post_init__(self) -> None:
-        if self.kind == "utilities" and not self.path:
-            raise FieldError("path", "is missing; a selector of kind 'utilities' needs the file with them.")
-        if self.kind == "random" and (self.path is not None or self.rule != "weighted"):
-            name = "path" if self.path is not None else "rule"
-            raise FieldError(name, "has no meaning for a selector of kind 'random'; leave it out.")
-        require(0 <= self.fraction < 1, "fraction", self.fraction, "in [0, 1)")
-
-
-@dataclass(frozen=True, kw_only=True)
 class StudyConfig:
     """A whole study. `budget` is the number of examples a round trains on, per epoch."""
 
@@ -256,9 +170,7 @@ class StudyConfig:
     selector: SelectorConfig = SelectorConfig()
 
     def __post_init__(self) -> None:
-        plain = re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", self.name) is not None
-        require(plain, "name", self.name, "letters, digits, points, dashes and underscores")
-        require(0 <= self.seed <= LARGEST_SEED, "seed", self.seed, f"from 0 to {LARGEST_SEED}")
+        _check_name(self.name, self.seed)
         at_least(1, self, "budget", "rounds")
         names = [domain.name for domain in self.data.domains]
         enough = len(names) > 1 or bool(names and self.search.settings)
@@ -277,6 +189,59 @@ class StudyConfig:
         except FieldError as error:
             raise error.inside("search") from None
         object.__setattr__(self, "search", search)
+        try:
+            self.selector.check(self.data)
+        except FieldError as error:
+            raise error.inside("selector") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectConfig:
+    """A selection by itself: which examples of a pool to keep.
+
+    Attributes:
+      count: examples to choose.
+      mixture: share of each domain in them; empty: as the domains are large.
+      pooled: whether the domains are chosen from as one.
+      model, training: of a selector that looks at gradients.
+    """
+
+    name: str
+    seed: int = 0
+    count: int
+    mixture: Mapping[str, Any] = field(default_factory=dict)
+    pooled: bool = False
+    model: ModelConfig | None = None
+    data: DataConfig
+    training: TrainingConfig | None = None
+    selector: SelectorConfig
+
+    def __post_init__(self) -> None:
+        _check_name(self.name, self.seed)
+        at_least(1, self, "count")
+        names = [domain.name for domain in self.data.domains]
+        require(bool(names), "data.domains", names, "a list of at least one domain")
+        for name, share in self.mixture.items():
+            require(name in names, "mixture", name, f"made of the domains {', '.join(names)}")
+            number = isinstance(share, int | float) and not isinstance(share, bool) and share >= 0
+            require(number, f"mixture.{name}", share, "a number that is not negative")
+        require(not self.mixture or sum(self.mixture.values()) > 0, "mixture", dict(self.mixture), "positive somewhere")
+        if self.pooled and (self.mixture or (self.selector.scores and not self.selector.targets)):
+            reason = "there is a mixture" if self.mixture else "each domain's utilities are for other targets"
+            raise FieldError("pooled", f"is true, but {reason}; leave one of them out, or give selector.targets.")
+        for part in ("model", "training") if self.selector.scores else ():
+            if getattr(self, part) is None:
+                raise FieldError(part, f"is missing; the selector '{self.selector.kind}' looks at gradients of it.")
+        try:
+            self.selector.check(self.data)
+        except FieldError as error:
+            raise error.inside("selector") from None
+
+
+def _check_name(name: str, seed: int) -> None:
+    plain = re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name) is not None
+    require(plain, "name", name, "letters, digits, points, dashes and underscores")
+    require(0 <= seed <= LARGEST_SEED, "seed", seed, f"from 0 to {LARGEST_SEED}")
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
@@ -285,8 +250,17 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
     Raises:
       ConfigError: one sentence that begins with the file's path.
     """
+    return _load(StudyConfig, path, overrides)
+
+
+def load_selection(path: str | Path, overrides: Sequence[str] = ()) -> SelectConfig:
+    """Like `load`, of a selection by itself."""
+    return _load(SelectConfig, path, overrides)
+
+
+def _load(kind: type[Config], path: str | Path, overrides: Sequence[str]) -> Config:
     try:
-        return loads(Path(path).read_text(encoding="utf-8"), overrides)
+        return decode(kind, reduce(override, overrides, parse(Path(path).read_text(encoding="utf-8"))))
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not a text in UTF-8"
         raise ConfigError(f"{path} cannot be read: {reason}.") from None
@@ -304,7 +278,7 @@ def from_dict(tree: Any) -> StudyConfig:
     return decode(StudyConfig, tree)
 
 
-def dump(config: StudyConfig) -> str:
+def dump(config: StudyConfig | SelectConfig) -> str:
     """YAML text that loads back equal; environment variables are already replaced in it."""
     return yaml.safe_dump(encode(config), sort_keys=False, allow_unicode=True, width=112)
 

@@ -66,6 +66,15 @@ class Display:
                 self._task, completed=report.step, total=report.steps, note=f"{note}  {left}".rstrip()
             )
 
+    def work(self, name: str, done: int, of: int) -> None:
+        """Shows how far something other than a round has come, such as a selector's scores."""
+        if self._task is not None and self._progress.tasks[0].description != name:
+            self._progress.remove_task(self._task)
+            self._task = None
+        if self._task is None:
+            self._task = self._progress.add_task(name, total=of, note="")
+        self._progress.update(self._task, completed=done, total=of)
+
     def round(
         self,
         trial: Trial,

@@ -75,7 +75,7 @@ def run(config: StudyConfig, folder: Path, quiet: bool = False) -> Result:
     """
     study = Study.open(folder, config) if Study.exists(folder) else Study.create(folder, config)
     with study.running(), Display(config.rounds, quiet=quiet) as display:
-        job = jobs.prepare(config, study.folder, display.say)
+        job = jobs.prepare(config, study.folder, display.say, display.work)
         if config.search.repetition is not None:
             study.note_sizes(job.sizes)
         while (trial := _unfinished(study) or _next_trial(job, study)) is not None:

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from duet_jax import models
 from duet_jax._search_config import configured
 from duet_jax.config import DomainConfig, StudyConfig, TaskConfig, TrainingConfig
-from duet_jax.data import Domain, Encoded, Example, encode, load_domains, load_examples
-from duet_jax.data.characters import CharacterTokenizer
+from duet_jax.data import Domain, Encoded, Example, join, load_examples
 from duet_jax.errors import ConfigError
 from duet_jax.feedback import Coarse, CommandTask, Engine, PythonTask, Task, WeightedSum, build, load_function
-from duet_jax.models import llama
+from duet_jax.loading import load, load_all
 from duet_jax.recall import make_search
 from duet_jax.search import Search
 from duet_jax.search.constraints import round_counts
-from duet_jax.selection import load_utilities, plan, pool_size, sample
+from duet_jax.selection import choose, plan, pool_size
 from duet_jax.training.sft import Trainer
 
 # Trainers whose compiled programs are kept.
@@ -77,9 +73,8 @@ class Job:
         training = configured(self.config.training, settings)
         program = _program(training)
         known = self._trainers.pop(program, None)
-        # `replace` begins anew, and a copy keeps what the original has compiled.
-        found = dataclasses.replace(self.trainer, settings=training) if known is None else copy.copy(known)
-        object.__setattr__(found, "settings", training)
+        made = dataclasses.replace(self.trainer, settings=training) if known is None else known
+        found = made.rescheduled(training)
         self._trainers[program] = found
         while len(self._trainers) > MOST_TRAINERS:
             del self._trainers[next(iter(self._trainers))]
@@ -95,12 +90,16 @@ class Job:
             if wanted[i] > pool:
                 plans.append(plan(name, pool, int(wanted[i])))
             rng = np.random.default_rng([seed, i])
-            chosen = sample(utilities, int(wanted[i]), rule=selector.rule, fraction=selector.fraction, rng=rng)
-            rows.append(self.starts[i] + chosen)
+            rows.append(self.starts[i] + choose(selector, utilities, int(wanted[i]), rng))
         return np.concatenate(rows), plans
 
 
-def prepare(config: StudyConfig, folder: Path, say: Callable[[str], None]) -> Job:
+def prepare(
+    config: StudyConfig,
+    folder: Path,
+    say: Callable[[str], None],
+    on_progress: Callable[[str, int, int], None] = lambda name, done, of: None,
+) -> Job:
     """Loads data and model and builds what the rounds share.
 
     Files are read before the model is loaded, so that a mistake in them is told within seconds.
@@ -109,87 +108,44 @@ def prepare(config: StudyConfig, folder: Path, say: Callable[[str], None]) -> Jo
       config: the study's configuration.
       folder: the study's directory, for cached utilities.
       say: is given one line of news at a time.
+      on_progress: is given what a selector does, how much of it is done, and of how much.
 
     Raises:
       ConfigError, DataError, ModelError: the first mistake found.
     """
     make_search(config)
-    domains = _load_domains(config)
+    domains = load_all(config.data, config.seed)
     sizes = _sizes(config, domains)
     search = make_search(config, sizes)
     evaluation = _task_examples(config.task, config.seed, "task")
     function = None if config.task.function is None else load_function(config.task.function)
-    texts = [example for _, examples in evaluation for example in examples]
-    model = _load_model(config, domains, texts)
+    selector = config.selector
+    targets = [(spec.name, load_examples(spec, seed=config.seed)) for spec in selector.targets]
+    texts = [example for _, examples in [*evaluation, *targets] for example in examples]
+    loaded = load(config.model, config.data, config.training, domains, texts, config.seed, say)
+    model = loaded.model
     _check_layers(config, model)
-    dtype = jnp.dtype(config.model.dtype)
-    size = sum(x.size for x in jax.tree.leaves(model.params)) / 1e6
-    say(f"model: {model.source}, {size:.1f} M parameters, computing in {config.model.dtype}")
-    resident: llama.Params | None = model.params
-    if config.training.method == "full":
-        # Each round changes the parameters in place; the next one reads them anew rather than that two copies
-        # are kept.
-        model, resident = dataclasses.replace(model, params={}), None
-
-    def load_base() -> llama.Params:
-        return _load_model(config, domains, texts).params if resident is None else resident
-
-    chat = config.model.chat
-    if chat is None:
-        chat = model.tokenizer.chat_template is not None
-    buckets = tuple(config.data.buckets)
-    if buckets[-1] > model.config.max_length:
-        raise ConfigError(
-            f"data.max_length is {buckets[-1]}, but the model {model.source} takes at most "
-            f"{model.config.max_length} tokens; lower data.max_length and data.buckets."
-        )
-    engine = Engine(model, chat, buckets, dtype)
+    engine = Engine(model, loaded.chat, loaded.trainer.buckets, loaded.trainer.compute_dtype)
     task = None
     if config.task.kind != "external":
         task = _build_task(config.task, engine, iter(evaluation), function)
-
-    encoded, held_out, utilities = [], {}, []
-    for spec, domain in zip(config.data.domains, domains, strict=True):
-        one = encode(domain.train, model.tokenizer, chat=chat, max_length=config.data.max_length, name=domain.name)
-        say(_describe(domain, one, config.data.max_length))
-        every = load_utilities(
-            config.selector.kind,
-            spec.name,
-            domain.train,
-            path=config.selector.path,
-            cache_folder=folder / "selections",
-        )
-        kept = set(one.ids)
-        utilities.append(every[[example.id in kept for example in domain.train]])
-        encoded.append(one)
-        scored = domain.validation[: config.data.validation_examples]
-        if scored:
-            held_out[domain.name] = encode(
-                scored,
-                model.tokenizer,
-                chat=chat,
-                max_length=config.data.max_length,
-                name=f"{domain.name} (validation)",
-            )
+    held_out = {
+        domain.name: loaded.encode(domain.validation[: config.data.validation_examples], f"{domain.name} (validation)")
+        for domain in domains
+        if domain.validation and config.data.validation_examples
+    }
+    utilities = loaded.utilities(selector, targets, folder / "selections", config.seed, say, on_progress)
     feedback = config.feedback
     return Job(
         config=config,
         names=tuple(domain.name for domain in domains),
-        data=_join(encoded),
+        data=join(loaded.train),
         sizes=sizes,
-        starts=np.concatenate([[0], np.cumsum([len(one) for one in encoded])]),
-        utilities=tuple(utilities),
+        starts=np.concatenate([[0], np.cumsum([len(one) for one in loaded.train])]),
+        utilities=utilities,
         validation=held_out,
         model=model,
-        trainer=Trainer(
-            model=model.config,
-            load_base=load_base,
-            settings=config.training,
-            buckets=buckets,
-            pad_id=model.tokenizer.pad_id,
-            compute_dtype=dtype,
-            remat=config.model.remat,
-        ),
+        trainer=loaded.trainer,
         engine=engine,
         task=task,
         coarse=Coarse(feedback.noise, feedback.stars, feedback.low, feedback.high),
@@ -203,11 +159,7 @@ def domain_sizes(config: StudyConfig) -> dict[str, int]:
     Raises:
       DataError: a domain cannot be loaded.
     """
-    return _sizes(config, _load_domains(config))
-
-
-def _load_domains(config: StudyConfig) -> list[Domain]:
-    return load_domains(config.data.domains, validation_fraction=config.data.validation_fraction, seed=config.seed)
+    return _sizes(config, load_all(config.data, config.seed))
 
 
 def _sizes(config: StudyConfig, domains: Sequence[Domain]) -> dict[str, int]:
@@ -265,49 +217,3 @@ def _build_task(config: TaskConfig, engine: Engine, evaluation, function) -> Tas
         return CommandTask(tuple(config.command))
     name, examples = next(evaluation)
     return build(config, engine, examples, name)
-
-
-def _load_model(config: StudyConfig, domains: Sequence[Domain], evaluation: Sequence[Example]) -> models.Model:
-    if config.model.source is not None:
-        # Under LoRA the base is only multiplied with, in the compute dtype: it is kept in no wider one. XLA's
-        # CPU compiler widens whole stacks of bfloat16 before it slices a layer, so there float32 is smaller.
-        narrow = config.training.method == "lora" and jax.default_backend() != "cpu"
-        keep = config.model.dtype if narrow else "float32"
-        return models.load(config.model.source, dtype=jnp.dtype(keep))
-    scratch = config.model.scratch
-    assert scratch is not None
-    trained_on = [example for domain in domains for example in (*domain.train, *domain.validation)]
-    tokenizer = CharacterTokenizer.from_examples([*trained_on, *evaluation])
-    shape = llama.LlamaConfig(
-        vocab_size=tokenizer.vocab_size,
-        hidden_size=scratch.hidden_size,
-        intermediate_size=scratch.intermediate_size,
-        num_layers=scratch.num_layers,
-        num_heads=scratch.num_heads,
-        num_kv_heads=scratch.num_kv_heads,
-        head_dim=scratch.hidden_size // scratch.num_heads,
-        max_length=config.data.max_length,
-    )
-    params = llama.init(shape, key=jax.random.key(config.seed))
-    fingerprint = models.fingerprint(shape, params)
-    return models.Model(shape, params, tokenizer, "from scratch", fingerprint)
-
-
-def _join(parts: Sequence[Encoded]) -> Encoded:
-    return Encoded(
-        tokens=tuple(tokens for part in parts for tokens in part.tokens),
-        prompt_lengths=np.concatenate([part.prompt_lengths for part in parts]),
-        ids=tuple(identifier for part in parts for identifier in part.ids),
-        cut=tuple(cut for part in parts for cut in part.cut),
-        dropped=sum(part.dropped for part in parts),
-    )
-
-
-def _describe(domain: Domain, encoded: Encoded, max_length: int) -> str:
-    line = f"{domain.name}: {len(encoded)} training and {len(domain.validation)} validation examples"
-    if encoded.truncated or encoded.dropped:
-        line += (
-            f"; at {max_length} tokens {encoded.truncated} are cut short and {encoded.dropped} left out, "
-            f"whose prompt alone is longer"
-        )
-    return line

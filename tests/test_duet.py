@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from duet_jax import config as configs
-from duet_jax import duet
+from duet_jax import duet, loading
 from duet_jax.errors import ConfigError, DataError, FeedbackError, ModelError, StudyError
 from duet_jax.study import Study
 
@@ -291,13 +291,13 @@ def test_too_long_for_the_model(tmp_path):
     config = settings(data=job_data)
     shorter = dataclasses.replace
     with pytest.MonkeyPatch.context() as patch:
-        real = duet.jobs._load_model
+        real = loading._load_model
 
         def short_model(*args):
             model = real(*args)
             return shorter(model, config=shorter(model.config, max_length=32))
 
-        patch.setattr(duet.jobs, "_load_model", short_model)
+        patch.setattr(loading, "_load_model", short_model)
         with pytest.raises(ConfigError, match="data.max_length is 64"):
             duet.run(config, tmp_path / "s", quiet=True)
 

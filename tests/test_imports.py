@@ -21,7 +21,7 @@ ALLOWED = {
     "training": {"kernels", "models", "data"},
     "feedback": {"kernels", "models", "data"},
     "influence": {"kernels", "models", "data", "_files"},
-    "selection": {"data", "training", "feedback", "influence"},
+    "selection": {"data", "training", "feedback", "influence", "_files", "_decode"},
     "report": {"recall", "study", "trial", "search", "_files"},
 }
 MODULES = sorted([*ROOT.glob("duet_jax/**/*.py"), *ROOT.glob("kernels/**/*.py")])

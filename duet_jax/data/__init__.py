@@ -3,7 +3,7 @@
 from duet_jax.data.batches import Batch, gather_batch, plan_batches
 from duet_jax.data.domains import Domain, load_domains, load_examples
 from duet_jax.data.example import Example
-from duet_jax.data.tokenised import Encoded, encode, encode_prompts
+from duet_jax.data.tokenised import Encoded, encode, encode_prompts, join
 
 __all__ = [
     "Batch",
@@ -13,6 +13,7 @@ __all__ = [
     "encode",
     "encode_prompts",
     "gather_batch",
+    "join",
     "load_domains",
     "load_examples",
     "plan_batches",

@@ -6,6 +6,7 @@ is, id for id, what the model is given when it is asked to answer; no token stra
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -60,6 +61,15 @@ class Encoded:
         return sum(self.cut)
 
     @property
+    def digest(self) -> str:
+        """SHA-256 of the tokens and where their responses begin, in order, hexadecimal."""
+        digest = hashlib.sha256()
+        for tokens, prompt in zip(self.tokens, self.prompt_lengths, strict=True):
+            digest.update(np.array([len(tokens), prompt], np.int64).tobytes())
+            digest.update(np.asarray(tokens, np.int32).tobytes())
+        return digest.hexdigest()
+
+    @property
     def lengths(self) -> np.ndarray:
         """Tokens of each example, int32 [n]."""
         return np.fromiter((len(t) for t in self.tokens), np.int32, len(self.tokens))
@@ -112,6 +122,17 @@ def encode(
         )
     dropped = len(examples) - len(tokens)
     return Encoded(tuple(tokens), np.array(prompt_lengths, np.int32), tuple(ids), tuple(cut), dropped)
+
+
+def join(parts: Sequence[Encoded]) -> Encoded:
+    """The examples of all parts, one after the other."""
+    return Encoded(
+        tokens=tuple(tokens for part in parts for tokens in part.tokens),
+        prompt_lengths=np.concatenate([part.prompt_lengths for part in parts]),
+        ids=tuple(identifier for part in parts for identifier in part.ids),
+        cut=tuple(cut for part in parts for cut in part.cut),
+        dropped=sum(part.dropped for part in parts),
+    )
 
 
 def encode_prompts(examples: Sequence[Example], tokenizer: TokenizerLike, *, chat: bool, max_length: int) -> Encoded:

@@ -110,8 +110,8 @@ def _move_into_place(new: Path, target: Path) -> None:
     shutil.rmtree(old)
 
 
-def fingerprint(config: LlamaConfig, params: Params) -> str:
-    """SHA-256 of a model's shape and parameters, hexadecimal."""
+def fingerprint(config: Any, params: Any) -> str:
+    """SHA-256 of a shape and a tree of parameters or other arrays, hexadecimal."""
     digest = hashlib.sha256(repr(config).encode())
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         digest.update(jax.tree_util.keystr(path).encode())

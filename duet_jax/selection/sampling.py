@@ -6,6 +6,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from duet_jax.config import SelectorConfig
 from duet_jax.errors import DataError
 
 Rule = Literal["weighted", "top_k", "remove_lowest"]
@@ -56,6 +57,17 @@ def sample(
     epochs, rest = divmod(count, len(pool))
     parts = [rng.permutation(pool) for _ in range(epochs)]
     return np.concatenate([*parts, rng.permutation(pool[:rest])]).astype(np.int64)
+
+
+def choose(selector: SelectorConfig, utilities: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """What `sample` chooses by a selector's rule, int64 [count].
+
+    Scores of a model may be negative: for `weighted` the lowest of them is subtracted, as the code of DUET (arXiv
+    2502.00270) does; its Algorithm 2 as printed is no distribution.
+    """
+    if selector.scores and selector.rule == "weighted":
+        utilities = utilities - min(utilities, default=0.0)
+    return sample(utilities, count, rule=selector.rule, fraction=selector.fraction, rng=rng)
 
 
 def pool_size(available: int, *, rule: Rule, fraction: float = 0.0) -> int:

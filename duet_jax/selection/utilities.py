@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-import os
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from duet_jax._files import save_array
 from duet_jax.data import Example
 from duet_jax.data.sources import SUFFIXES, read_rows
 from duet_jax.errors import DataError
@@ -66,7 +66,8 @@ def load_utilities(
     if kept.is_file():
         return np.load(kept, allow_pickle=False)
     utilities = _read(path, domain_name, ids)
-    _write_atomically(kept, utilities)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    save_array(kept, utilities)
     return utilities
 
 
@@ -76,16 +77,6 @@ def _digest(path: Path, domain_name: str, ids: list[str]) -> str:
     # The suffix decides how the bytes are read, so it is part of the content.
     text = json.dumps([content, path.suffix, domain_name, ids])
     return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-def _write_atomically(target: Path, utilities: np.ndarray) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_suffix(f".{os.getpid()}.partial")
-    with partial.open("wb") as file:
-        np.save(file, utilities, allow_pickle=False)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, target)
 
 
 def _read(path: Path, domain_name: str, ids: list[str]) -> np.ndarray:

@@ -6,6 +6,7 @@ the learning rates, the start) comes in as arguments.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import math
@@ -122,6 +123,14 @@ class Trainer:
             optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8),
             optax.add_decayed_weights(settings.weight_decay, mask=_decays),
         )
+
+    def rescheduled(self, settings: TrainingConfig) -> Trainer:
+        """The same compiled programs under settings that differ in epochs, rates, schedule or checkpoints alone."""
+        for program in ("_optimiser", "_new_factors", "_new_moments", "step"):
+            getattr(self, program)
+        other = copy.copy(self)
+        object.__setattr__(other, "settings", settings)
+        return other
 
     def start(self, key: Array) -> TrainState:
         """The state before the first step."""
@@ -249,6 +258,7 @@ class Trainer:
         fingerprint: str = "",
         folder: Path | None = None,
         on_step: Callable[[StepReport], None] = lambda report: None,
+        on_epoch: Callable[[int, TrainState], None] | None = None,
     ) -> Trained:
         """Trains from the base model on the given rows, or goes on from the checkpoint in `folder`.
 
@@ -261,6 +271,9 @@ class Trainer:
           fingerprint: of the base model, kept with checkpoints.
           folder: where checkpoints go, every `checkpoint_every` steps and at the end; None for none.
           on_step: called after each step, one step late so that the device never waits for it.
+          on_epoch: called with the number of steps done and the state at the end of each epoch, before a checkpoint
+            is written there; the next step takes the state's arrays over. An epoch's end may come by a second time
+            after a crash, with the same bits.
 
         Returns:
           The trained factors or parameters. Stopped and called again, it ends with the same bits.
@@ -271,14 +284,14 @@ class Trainer:
         batches = self.plan(data, rows, seed)
         state = self.start(jax.random.key(start_seed))
         if folder is None:
-            return self._run(data, batches, state, seed, None, {}, 0, on_step)
+            return self._run(data, batches, state, seed, None, {}, 0, on_step, on_epoch)
         identity = {"model": fingerprint, "data": _digest(data, batches), "settings": repr(self.settings)}
         with Checkpoints(folder, identity) as checkpoints:
             found = checkpoints.restore(state)
             done, progress = 0, {"loss": 0.0, "response_tokens": 0.0, "tokens": 0.0}
             if found is not None:
                 done, state, progress = found
-            return self._run(data, batches, state, seed, checkpoints, progress, done, on_step)
+            return self._run(data, batches, state, seed, checkpoints, progress, done, on_step, on_epoch)
 
     def _run(
         self,
@@ -290,8 +303,10 @@ class Trainer:
         progress: dict[str, float],
         done: int,
         on_step: Callable[[StepReport], None],
+        on_epoch: Callable[[int, TrainState], None] | None,
     ) -> Trained:
         began, steps = time.perf_counter(), len(batches)
+        epoch = steps // self.settings.epochs
         totals = {"loss": 0.0, "response_tokens": 0.0, "tokens": 0.0} | progress
         rates = learning_rates(self.settings, steps)
         key, base = jax.random.key(seed), None if self._adapter is None else self.load_base()
@@ -312,6 +327,8 @@ class Trainer:
             if last is not None:
                 finish(*last)
             last = number, metrics, sum(len(data.tokens[row]) for row in rows)
+            if on_epoch is not None and (number + 1) % epoch == 0:
+                on_epoch(number + 1, state)
             ended = number + 1 == steps
             if ended or (checkpoints and (number + 1) % self.settings.checkpoint_every == 0):
                 finish(*last)

@@ -1,0 +1,86 @@
+"""The part of a configuration that says which examples of a domain are trained on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from duet_jax._checks import FieldError, at_least, require
+from duet_jax._data_config import DataConfig, DomainConfig
+
+# The fields that a kind uses besides `kind`, `rule` and `fraction`; any other must be left at its default.
+_WARMUP = {"targets", "warmup_examples", "warmup_epochs"}
+_FIELDS: dict[str, set[str]] = {
+    "random": set(),
+    "utilities": {"path"},
+    "influence": _WARMUP | {"damping"},
+    "less": _WARMUP | {"form", "k", "row_format"},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectorConfig:
+    """A utility for every example, and the rule that turns utilities and a count into a choice.
+
+    Attributes:
+      kind: "random", equal utilities; "utilities", those of a file; "influence", how much an example lowers the loss
+        of the targets by EK-FAC influence functions; "less", how much its step of Adam points along their gradients
+        over a short training (LESS, arXiv 2402.04333).
+      path: of the file with utilities.
+      rule: that turns utilities and a count into examples.
+      fraction: share that the rule "remove_lowest" removes.
+      targets: what the examples should do well on, each with its own score: their mean counts under "influence",
+        their maximum under "less". Empty: each domain's examples are for its own held-out ones, by a model that was
+        trained on this domain alone (DUET, arXiv 2502.00270, section 3.2).
+      warmup_examples: at most so many random training examples train the model whose gradients are looked at.
+      warmup_epochs: passes over them; "less" looks at the model after each.
+      damping: added to the curvature, in units of its mean in each layer.
+      form: formulas of the paper, or of its published code.
+      k: numbers kept of each gradient.
+      row_format: that they are stored in.
+    """
+
+    kind: Literal["random", "utilities", "influence", "less"] = "random"
+    path: str | None = None
+    rule: Literal["weighted", "top_k", "remove_lowest"] = "weighted"
+    fraction: float = 0.2
+    targets: tuple[DomainConfig, ...] = ()
+    warmup_examples: int = 256
+    warmup_epochs: int = 4
+    damping: float = 0.1
+    form: Literal["paper", "code"] = "paper"
+    k: int = 8192
+    row_format: Literal["float32", "bfloat16", "int8", "int4", "1bit"] = "int8"
+
+    def __post_init__(self) -> None:
+        if self.kind == "utilities" and not self.path:
+            raise FieldError("path", "is missing; a selector of kind 'utilities' needs the file with them.")
+        defaults = {name: field.default for name, field in type(self).__dataclass_fields__.items()}
+        used = _FIELDS[self.kind] | ({"kind"} if self.kind == "random" else {"kind", "rule", "fraction"})
+        for name, default in defaults.items():
+            if name not in used and getattr(self, name) != default:
+                raise FieldError(name, f"has no meaning for a selector of kind '{self.kind}'; leave it out.")
+        require(0 <= self.fraction < 1, "fraction", self.fraction, "in [0, 1)")
+        at_least(1, self, "warmup_examples", "warmup_epochs")
+        require(self.damping > 0, "damping", self.damping, "greater than 0")
+        require(self.k >= 32 and self.k % 32 == 0, "k", self.k, "a positive multiple of 32")
+        names = [target.name for target in self.targets]
+        for i, target in enumerate(self.targets):
+            if target.name in names[:i]:
+                raise FieldError(f"targets.{i}.name", f"is {target.name!r} a second time; every target needs its own.")
+            if (target.minimum, target.maximum) != (0.0, 1.0):
+                raise FieldError(f"targets.{i}", "has a minimum or a maximum, which only domains have; leave it out.")
+
+    @property
+    def scores(self) -> bool:
+        """Whether utilities come from gradients of the model."""
+        return bool(_FIELDS[self.kind] & _WARMUP)
+
+    def check(self, data: DataConfig) -> None:
+        """Requires held-out examples where they are the targets."""
+        if self.scores and not self.targets and data.validation_fraction == 0:
+            raise FieldError(
+                "targets",
+                f"is empty and data.validation_fraction is 0, but the selector '{self.kind}' needs examples to score "
+                f"for; give one of them.",
+            )

@@ -1,0 +1,189 @@
+"""Data, model and compiled training, as a configuration names them: what studies and selections share."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from duet_jax import models
+from duet_jax.config import DataConfig, ModelConfig, SelectorConfig, TrainingConfig
+from duet_jax.data import Domain, Encoded, Example, encode, load_domains
+from duet_jax.data.characters import CharacterTokenizer
+from duet_jax.errors import ConfigError
+from duet_jax.models import llama
+from duet_jax.selection import Pool, load_utilities, score
+from duet_jax.training.sft import Trainer
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Loaded:
+    """Domains, the base model and its training.
+
+    Attributes:
+      domains: as they were read.
+      train: training examples of each, as tokens.
+      model: the base model; without parameters under full training, which reads them anew each time.
+      chat: whether prompts go through the chat template.
+      max_length: tokens at which examples are cut.
+      trainer: compiled training.
+    """
+
+    domains: list[Domain]
+    train: tuple[Encoded, ...]
+    model: models.Model
+    chat: bool
+    max_length: int
+    trainer: Trainer
+
+    def encode(self, examples: Sequence[Example], name: str) -> Encoded:
+        """Examples as tokens."""
+        return encode(examples, self.model.tokenizer, chat=self.chat, max_length=self.max_length, name=name)
+
+    def utilities(
+        self,
+        selector: SelectorConfig,
+        targets: Sequence[tuple[str, Sequence[Example]]],
+        folder: Path,
+        seed: int,
+        say: Callable[[str], None],
+        on_progress: Callable[[str, int, int], None],
+    ) -> tuple[np.ndarray, ...]:
+        """Utilities float64 `[examples]` of each domain's training examples; kept in `folder`.
+
+        Raises:
+          DataError: a file of utilities is wrong, or a domain has no held-out example that it needs.
+        """
+        if selector.scores:
+            pool = Pool(
+                names=tuple(domain.name for domain in self.domains),
+                train=self.train,
+                validation=tuple(self.encode(d.validation, f"{d.name} (validation)") for d in self.domains),
+                targets=tuple((name, self.encode(examples, name)) for name, examples in targets),
+                trainer=self.trainer,
+                fingerprint=self.model.fingerprint,
+                seed=seed,
+                say=say,
+                on_progress=on_progress,
+            )
+            return score(pool, selector, folder)
+        found = []
+        for domain, encoded in zip(self.domains, self.train, strict=True):
+            every = load_utilities(selector.kind, domain.name, domain.train, path=selector.path, cache_folder=folder)
+            kept = set(encoded.ids)
+            found.append(every[[example.id in kept for example in domain.train]])
+        return tuple(found)
+
+
+def load_all(config: DataConfig, seed: int) -> list[Domain]:
+    """Reads and splits all domains."""
+    return load_domains(config.domains, validation_fraction=config.validation_fraction, seed=seed)
+
+
+def load(
+    config: ModelConfig,
+    data: DataConfig,
+    training: TrainingConfig,
+    domains: list[Domain],
+    others: Sequence[Example],
+    seed: int,
+    say: Callable[[str], None],
+) -> Loaded:
+    """Loads the model and turns the domains into tokens.
+
+    Args:
+      config: of the model.
+      data: how examples are cut.
+      training: of the model.
+      domains: as `load_all` read them.
+      others: examples that the model will see besides; a model from scratch knows their characters.
+      seed: of a model from scratch.
+      say: is given one line of news at a time.
+
+    Raises:
+      ConfigError, DataError, ModelError: the first mistake found.
+    """
+    model = _load_model(config, data, training, domains, others, seed)
+    size = sum(x.size for x in jax.tree.leaves(model.params)) / 1e6
+    say(f"model: {model.source}, {size:.1f} M parameters, computing in {config.dtype}")
+    resident: llama.Params | None = model.params
+    if training.method == "full":
+        # Each round changes the parameters in place; the next one reads them anew rather than that two copies
+        # are kept.
+        model, resident = dataclasses.replace(model, params={}), None
+
+    def load_base() -> llama.Params:
+        if resident is not None:
+            return resident
+        return _load_model(config, data, training, domains, others, seed).params
+
+    chat = config.chat
+    if chat is None:
+        chat = model.tokenizer.chat_template is not None
+    buckets = tuple(data.buckets)
+    if buckets[-1] > model.config.max_length:
+        raise ConfigError(
+            f"data.max_length is {buckets[-1]}, but the model {model.source} takes at most "
+            f"{model.config.max_length} tokens; lower data.max_length and data.buckets."
+        )
+    trainer = Trainer(
+        model=model.config,
+        load_base=load_base,
+        settings=training,
+        buckets=buckets,
+        pad_id=model.tokenizer.pad_id,
+        compute_dtype=jnp.dtype(config.dtype),
+        remat=config.remat,
+    )
+    loaded = Loaded(domains, (), model, chat, data.max_length, trainer)
+    train = tuple(loaded.encode(domain.train, domain.name) for domain in domains)
+    for domain, encoded in zip(domains, train, strict=True):
+        say(_describe(domain, encoded, data.max_length))
+    return dataclasses.replace(loaded, train=train)
+
+
+def _load_model(
+    config: ModelConfig,
+    data: DataConfig,
+    training: TrainingConfig,
+    domains: Sequence[Domain],
+    others: Sequence[Example],
+    seed: int,
+) -> models.Model:
+    if config.source is not None:
+        # Under LoRA the base is only multiplied with, in the compute dtype: it is kept in no wider one. XLA's
+        # CPU compiler widens whole stacks of bfloat16 before it slices a layer, so there float32 is smaller.
+        narrow = training.method == "lora" and jax.default_backend() != "cpu"
+        keep = config.dtype if narrow else "float32"
+        return models.load(config.source, dtype=jnp.dtype(keep))
+    scratch = config.scratch
+    assert scratch is not None
+    trained_on = [example for domain in domains for example in (*domain.train, *domain.validation)]
+    tokenizer = CharacterTokenizer.from_examples([*trained_on, *others])
+    shape = llama.LlamaConfig(
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=scratch.hidden_size,
+        intermediate_size=scratch.intermediate_size,
+        num_layers=scratch.num_layers,
+        num_heads=scratch.num_heads,
+        num_kv_heads=scratch.num_kv_heads,
+        head_dim=scratch.hidden_size // scratch.num_heads,
+        max_length=data.max_length,
+    )
+    params = llama.init(shape, key=jax.random.key(seed))
+    fingerprint = models.fingerprint(shape, params)
+    return models.Model(shape, params, tokenizer, "from scratch", fingerprint)
+
+
+def _describe(domain: Domain, encoded: Encoded, max_length: int) -> str:
+    line = f"{domain.name}: {len(encoded)} training and {len(domain.validation)} validation examples"
+    if encoded.truncated or encoded.dropped:
+        line += (
+            f"; at {max_length} tokens {encoded.truncated} are cut short and {encoded.dropped} left out, "
+            f"whose prompt alone is longer"
+        )
+    return line

@@ -1,0 +1,99 @@
+"""What selectors score: the training examples of all domains, what they should be good for, and the model."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+
+import jax.numpy as jnp
+import numpy as np
+
+from duet_jax._decode import encode as plain
+from duet_jax.config import SelectorConfig
+from duet_jax.data import Encoded
+from duet_jax.influence.build import Batching, Point, Progress
+from duet_jax.influence.features import Moments
+from duet_jax.influence.gradients import ExampleGradients
+from duet_jax.training.sft import StepReport, Trainer
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pool:
+    """Examples to score, and what scoring them needs.
+
+    Attributes:
+      names: of the domains.
+      train: training examples of each.
+      validation: held-out examples of each.
+      targets: named sets that all examples are scored for; none: each domain's examples for its own `validation`.
+      trainer: compiled training.
+      fingerprint: of the base model.
+      seed: of samples and of training.
+      say: is given one line of news at a time.
+      on_progress: is given what is done, how much of it is done, and of how much.
+    """
+
+    names: tuple[str, ...]
+    train: tuple[Encoded, ...]
+    validation: tuple[Encoded, ...]
+    targets: tuple[tuple[str, Encoded], ...]
+    trainer: Trainer
+    fingerprint: str
+    seed: int
+    say: Callable[[str], None] = lambda line: None
+    on_progress: Callable[[str, int, int], None] = lambda name, done, of: None
+
+    def digest(self, selector: SelectorConfig) -> str:
+        """A hash of everything that decides the scores, hexadecimal."""
+        chosen = plain(selector)
+        # The files behind the targets are known by their examples, and the rule comes after the scores.
+        for name in ("targets", "rule", "fraction", "path"):
+            del chosen[name]
+        parts = [*self.train, *self.validation, *(examples for _, examples in self.targets)]
+        whole = {
+            "selector": chosen,
+            "model": self.fingerprint,
+            "training": repr(self.trainer.settings),
+            "dtype": str(jnp.dtype(self.trainer.compute_dtype)),
+            "buckets": self.trainer.buckets,
+            "seed": self.seed,
+            "examples": [part.digest for part in parts],
+            "targets": [name for name, _ in self.targets],
+        }
+        return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def batching(self) -> Batching:
+        """Batches of as many examples as a micro-batch of training."""
+        settings = self.trainer.settings
+        return Batching(self.trainer.buckets, settings.micro_batch_size or settings.batch_size, self.trainer.pad_id)
+
+    def warm_up_trainer(self, epochs: int) -> Trainer:
+        """Training as in the rounds, with that many epochs."""
+        return self.trainer.rescheduled(dataclasses.replace(self.trainer.settings, epochs=epochs))
+
+    def sample(self, count: int, most: int, number: int) -> np.ndarray:
+        """Rows int64 `[<= most]` of `count` for a warm-up, in order."""
+        rng = np.random.default_rng([self.seed, 7, number])
+        return np.sort(rng.permutation(count)[:most])
+
+    def point(self, trainer: Trainer, trainable: object, moments: Moments | None = None) -> Point:
+        """The gradients that selectors look at, where a training stands."""
+        params, lora = trainer.deployable(trainable)
+        gradients = ExampleGradients(
+            trainer.model,
+            target=trainer.settings.method,
+            compute_dtype=trainer.compute_dtype,
+            remat=trainer.remat,
+        )
+        return Point(gradients, params, lora, moments, self.fingerprint)
+
+    def progress(self, name: str) -> Progress:
+        """Progress of one part of the work."""
+        return lambda done, of: self.on_progress(name, done, of)
+
+    def steps(self, name: str) -> Callable[[StepReport], None]:
+        """Progress of a training."""
+        return lambda report: self.on_progress(name, report.step, report.steps)

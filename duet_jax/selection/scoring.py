@@ -1,0 +1,55 @@
+"""Utilities that selectors compute from gradients, kept by a hash of all that they depend on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from duet_jax._files import save_array
+from duet_jax.config import SelectorConfig
+from duet_jax.errors import DataError
+from duet_jax.selection.influence import influence
+from duet_jax.selection.less import less
+from duet_jax.selection.pool import Pool
+
+SELECTORS = {"influence": influence, "less": less}
+
+
+def score(pool: Pool, selector: SelectorConfig, folder: Path) -> tuple[np.ndarray, ...]:
+    """Scores of all training examples, higher is better; from `folder` where they are there already.
+
+    Args:
+      pool: what is scored, and for what.
+      selector: of a kind that looks at gradients.
+      folder: of all selections. A folder in it belongs to these scores alone, and holds unfinished work too.
+
+    Returns:
+      float64 `[examples]` for each domain, finite.
+
+    Raises:
+      DataError: a domain or a target has no examples, or a score is not finite.
+    """
+    _check(pool)
+    place = folder / f"{selector.kind}-{pool.digest(selector)[:16]}"
+    kept = place / "scores.npy"
+    if not kept.is_file():
+        place.mkdir(parents=True, exist_ok=True)
+        found = SELECTORS[selector.kind](pool, selector, place)
+        for name, examples, values in zip(pool.names, pool.train, found, strict=True):
+            wrong = ~np.isfinite(values)
+            if wrong.any():
+                raise DataError(
+                    f"domain '{name}': the score of the example '{examples.ids[int(wrong.argmax())]}' is not finite; "
+                    f"leave it out, or lower training.learning_rate if its gradient overflows after the warm-up"
+                )
+        save_array(kept, np.concatenate(found).astype(np.float64))
+    ends = np.cumsum([len(examples) for examples in pool.train])[:-1]
+    return tuple(np.split(np.load(kept, allow_pickle=False), ends))
+
+
+def _check(pool: Pool) -> None:
+    for name, examples in pool.targets or zip(pool.names, pool.validation, strict=True):
+        if not len(examples):
+            reason = "the target has no examples" if pool.targets else "no example of it is held out"
+            raise DataError(f"'{name}': {reason}, but the selector scores for them; raise data.validation_fraction")
