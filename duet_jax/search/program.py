@@ -14,7 +14,7 @@ from jax import Array
 
 from duet_jax.search import simplex
 from duet_jax.search.acquisition import Schedule, beta_at, draw, log_expected_improvement
-from duet_jax.search.constraints import Constraints, bounds, project, support
+from duet_jax.search.constraints import Constraints, bounds, contains, project, support
 from duet_jax.search.kernel import Map
 from duet_jax.search.maximise import maximise
 from duet_jax.search.observations import Kind, Observations, Scores
@@ -23,6 +23,8 @@ from duet_jax.search.surrogate import Hyperparameters, Posterior, Problem, Surro
 
 # Random candidates, and the best observations around which candidates are tried.
 RANDOM, CENTRES = 512, 8
+# What a recommended mixture may lose for each domain fewer: standard deviations of the feedback, and of the loss.
+CHEAP, UNSURE = 0.06, 2.0
 
 
 class Proposal(NamedTuple):
@@ -170,6 +172,33 @@ class Program:
             one, deviation = self.surrogate.moments(posterior, points)
             mean, variance = mean + weight * one, variance + (weight * deviation) ** 2
         return mean, jnp.sqrt(variance)
+
+    def sparser(self, posteriors: list[Posterior], point: Array) -> Array:
+        """A recommended point `[d + e]` without the domains that it hardly needs.
+
+        On the map of square roots a smooth function has a slope at a share of 0, so maxima of the posterior mean have
+        small shares there that feedback does not speak for. Those below an even share are left out, smallest first,
+        as long as the mean is lower by at most `CHEAP`, and by no more than might be chance.
+        """
+        size = self.num_domains
+        shares, rest = point[:size], point[size:]
+        order = jnp.argsort(shares)
+        # Candidate j lacks the j smallest shares.
+        kept = jnp.where(jnp.argsort(order) >= jnp.arange(size)[:, None], shares, 0.0)
+        mixtures = kept / jnp.sum(kept, axis=1, keepdims=True)
+        points = self.roots(jnp.concatenate([mixtures, jnp.broadcast_to(rest, (size, len(rest)))], axis=1))
+        loss, variance = jnp.zeros(size, point.dtype), jnp.zeros(size, point.dtype)
+        for weight, posterior in zip(self.feedback.weights, posteriors, strict=True):
+            mean, covariance = self.surrogate.joint(posterior, points)
+            loss = loss + weight * (mean[0] - mean)
+            own = jnp.diagonal(covariance)
+            variance = variance + weight**2 * (own[0] + own - 2.0 * covariance[0])
+        largest = jnp.concatenate([jnp.zeros(1, point.dtype), shares[order][:-1]])
+        chance = UNSURE * jnp.sqrt(jnp.maximum(variance, 0.0))
+        fine = (loss <= CHEAP * sum(self.feedback.weights)) & (loss <= chance) & (largest <= 1.0 / size)
+        fine = fine & contains(mixtures, self.constraints, size)
+        fewest = jnp.max(jnp.where(fine, jnp.arange(size), 0))
+        return jnp.concatenate([mixtures[fewest], rest])
 
     def propose(
         self,

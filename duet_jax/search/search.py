@@ -171,7 +171,7 @@ class Search(Program):
         return Best(mixtures[top], float(mean[top]), float(stderr[top]), self._settings(settings[top]))
 
     def recommend(self, state: Observations) -> Best:
-        """The allowed mixture (and settings) of highest posterior mean, tried or not.
+        """The allowed mixture (and settings) of highest posterior mean, tried or not, without domains it hardly needs.
 
         Raises:
           ValueError: nothing has been observed.
@@ -182,9 +182,12 @@ class Search(Program):
         with _host():
             rule = (jnp.asarray(0.0), jnp.asarray(0))
             _, proposals = _step(greedy, 1, state, self._nothing(), *waiting, jax.random.key(0), rule)
-        proposal = jax.tree.map(itemgetter(0), jax.device_get(proposals))
-        mixture, about = self._finish(proposal)
-        return Best(mixture, about.mean, about.stderr, self._settings(proposal.settings))
+            best = jax.tree.map(itemgetter(0), proposals)
+            point = jnp.concatenate([best.mixture, best.settings])
+            found = np.array(_sparser(self, _fitted(self, state), point))
+        mixture = simplex.renormalise(found[: self.num_domains])
+        mean, stderr = self._predict(state, np.concatenate([mixture, found[self.num_domains :]])[None])
+        return Best(mixture, float(mean[0]), float(stderr[0]), self._settings(found[self.num_domains :]))
 
     def predict(
         self, state: Observations, mixtures: object, settings: Settings = None
@@ -318,6 +321,11 @@ def _insert(search: Search, state: Observations, mixture: Array, feedback: Any, 
 def _fitted(search: Search, state: Observations) -> list[Posterior]:
     nothing = jnp.zeros((0, search.num_domains + search.space.width))
     return search.condition(search.fit(state), nothing, jnp.zeros(0, bool))
+
+
+@partial(jax.jit, static_argnums=0)
+def _sparser(search: Search, posteriors: list[Posterior], point: Array) -> Array:
+    return search.sparser(posteriors, point)
 
 
 @partial(jax.jit, static_argnums=0)

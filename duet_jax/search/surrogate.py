@@ -28,6 +28,8 @@ EVALUATIONS = 25
 STARTS = ((0.0, 0.0), (-1.0, -2.0))
 # Rows that all starts are fitted to where there are more; from the best of them a few evaluations with all rows follow.
 FEW, FINE = 64, 10
+# How much less noise is expected, as the logarithm of its variance, where standard errors are told with the values.
+KNOWN = 4.0
 
 
 class Hyperparameters(NamedTuple):
@@ -162,8 +164,10 @@ class Surrogate:
         scale = math.sqrt(known.var(axis=0).sum())
         return (basis - jnp.asarray(known.mean(axis=0), roots.dtype)) / max(scale, 1e-12)
 
-    def prior(self, likelihood: Likelihood | None) -> tuple[Hyperparameters, Hyperparameters]:
-        """Means and standard deviations of the normal priors.
+    def prior(
+        self, likelihood: Likelihood | None, known: Array | float = 0.0
+    ) -> tuple[Hyperparameters, Hyperparameters]:
+        """Means and standard deviations of the normal priors; `known` is the part of trials with known errors.
 
         The lengthscale is expected a little above the distance of two random mixtures in the map, whatever the map
         and the number of domains: in a cube it would have to grow with the dimension, on a simplex it must not.
@@ -179,7 +183,7 @@ class Surrogate:
         trend = 0 if self.trend is None else 1
         lengthscale = math.log(1.3 * kernels.spread_of(self.map, self.num_domains))
         extra = ((), ()) if likelihood is None else (likelihood.mean, likelihood.scale)
-        mean = (lengthscale, relevance, 0.0, -4.0, np.full(trend, -1.0), np.array(extra[0]))
+        mean = (lengthscale, relevance, 0.0, -4.0 - KNOWN * known, np.full(trend, -1.0), np.array(extra[0]))
         scale = (0.75, strength, 0.5, 1.5, np.full(trend, 1.0), np.array(extra[1]))
         return Hyperparameters(*map(jnp.asarray, mean)), Hyperparameters(*map(jnp.asarray, scale))
 
@@ -220,7 +224,9 @@ class Surrogate:
 
     def fit(self, problem: Problem, likelihood: Likelihood | None = None) -> tuple[Hyperparameters, Problem]:
         """Maximum a posteriori hyperparameters; the problem with what the likelihood's normal approximation sees."""
-        mean, scale = self.prior(likelihood)
+        count = jnp.sum(problem.inputs.mask)
+        known = jnp.sum(problem.inputs.mask * (problem.variances > 0)) / jnp.maximum(count, 1)
+        mean, scale = self.prior(likelihood, known)
         dtype = problem.values.dtype
         mean_vector, unravel = ravel_pytree(jax.tree.map(lambda x: x.astype(dtype), mean))
         scale_vector, _ = ravel_pytree(jax.tree.map(lambda x: x.astype(dtype), scale))
@@ -242,7 +248,6 @@ class Surrogate:
         end = jax.tree.map(lambda x: x[best], ends)
         point, latent = end.point, end.carry
         if few is not problem:
-            count = jnp.sum(problem.inputs.mask)
             # All the evidence is about that much more curved than that of the few.
             inverse = end.inverse * jnp.minimum(1.0, FEW / count)
             fine = minimise(partial(objective, problem), point, problem.values, FINE, inverse)
@@ -281,6 +286,14 @@ class Surrogate:
         explained = jnp.sum((cross @ posterior.factor.T) ** 2, axis=1)
         variance = self.variance(posterior.hyperparameters, queries) - explained
         return cross @ posterior.weights, jnp.sqrt(jnp.maximum(variance, 1e-12))
+
+    def joint(self, posterior: Posterior, points: Array) -> tuple[Array, Array]:
+        """Mean `[m]` and covariance `[m, m]` of the noise-free values, standardised, at points `[m, d + extra]`."""
+        queries = self.inputs(points)
+        cross = self.covariance(posterior.hyperparameters, queries, posterior.inputs)
+        solved = cross @ posterior.factor.T
+        prior = self.covariance(posterior.hyperparameters, queries, queries)
+        return cross @ posterior.weights, prior - solved @ solved.T
 
     def told(self, posterior: Posterior, points: Array) -> Array:
         """Part of the last point's variance that feedback at each of the points `[m, d + extra]` takes away, `[m]`."""

@@ -121,10 +121,20 @@ def test_padding_changes_nothing(surrogate):
             np.testing.assert_allclose(one, two, atol=1e-6)
 
 
+def test_known_errors_leave_little_noise_to_be_learned():
+    seen = problem(SURROGATE, 16)
+    told, _ = jax.jit(SURROGATE.fit)(seen)
+    untold, _ = jax.jit(SURROGATE.fit)(seen._replace(variances=jnp.zeros(16)))
+    assert told.noise < untold.noise - 2
+    # Half of them known, half as much less is expected.
+    half, _ = SURROGATE.prior(None, 0.5)
+    assert float(half.noise) == pytest.approx(float(SURROGATE.prior(None)[0].noise) - 2)
+
+
 def test_fit_is_a_stationary_point_that_no_random_point_beats():
     surrogate = Surrogate(D, ard=False)
     seen = problem(surrogate, 16)
-    mean, scale = surrogate.prior(None)
+    mean, scale = surrogate.prior(None, 1.0)
 
     @jax.jit
     def height(at):
