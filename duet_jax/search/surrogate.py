@@ -28,7 +28,7 @@ EVALUATIONS = 25
 STARTS = ((0.0, 0.0), (-1.0, -2.0))
 # Rows that all starts are fitted to where there are more; from the best of them a few evaluations with all rows follow.
 FEW, FINE = 64, 10
-# How much less noise is expected, as the logarithm of its variance, where standard errors are told with the values.
+# How much less noise is expected, as the logarithm of its variance, where a standard error is told with every value.
 KNOWN = 4.0
 
 
@@ -167,7 +167,7 @@ class Surrogate:
     def prior(
         self, likelihood: Likelihood | None, known: Array | float = 0.0
     ) -> tuple[Hyperparameters, Hyperparameters]:
-        """Means and standard deviations of the normal priors; `known` is the part of trials with known errors.
+        """Means and standard deviations of the normal priors; `known` is 1 where all errors are known, else 0.
 
         The lengthscale is expected a little above the distance of two random mixtures in the map, whatever the map
         and the number of domains: in a cube it would have to grow with the dimension, on a simplex it must not.
@@ -225,7 +225,7 @@ class Surrogate:
     def fit(self, problem: Problem, likelihood: Likelihood | None = None) -> tuple[Hyperparameters, Problem]:
         """Maximum a posteriori hyperparameters; the problem with what the likelihood's normal approximation sees."""
         count = jnp.sum(problem.inputs.mask)
-        known = jnp.sum(problem.inputs.mask * (problem.variances > 0)) / jnp.maximum(count, 1)
+        known = jnp.all((problem.inputs.mask == 0) | (problem.variances > 0)).astype(float)
         mean, scale = self.prior(likelihood, known)
         dtype = problem.values.dtype
         mean_vector, unravel = ravel_pytree(jax.tree.map(lambda x: x.astype(dtype), mean))
