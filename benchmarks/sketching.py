@@ -13,13 +13,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import resource
 import subprocess
 import sys
-import time
-from pathlib import Path
+from typing import Any
+
+from search_common import parse, write
+from sketching_process import Meter
 
 SHAPE = dict(vocab=49152, hidden=576, inner=1536, layers=30, heads=9, kv_heads=3, head=64)
 
@@ -92,12 +91,7 @@ def passes(kind: str, dtype: str, remat: str, k: int, layers: int):
     return lambda tokens, weights: compute(params, lora, tokens, weights, **extra)
 
 
-def cpu_seconds() -> float:
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    return used.ru_utime + used.ru_stime
-
-
-def measure(kind: str, options: argparse.Namespace) -> dict:
+def measure(kind: str, options: argparse.Namespace) -> dict[str, Any]:
     import jax
     import numpy as np
 
@@ -107,14 +101,13 @@ def measure(kind: str, options: argparse.Namespace) -> dict:
     weights = np.zeros(tokens.shape, np.float32)
     weights[:, options.length // 2 :] = 1
     jax.block_until_ready(run(tokens, weights))
-    walls, cpus = [], []
+    meters = []
     for _ in range(options.steps):
-        wall, cpu = time.perf_counter(), cpu_seconds()
-        jax.block_until_ready(run(tokens, weights))
-        walls.append(time.perf_counter() - wall)
-        cpus.append(cpu_seconds() - cpu)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    return {"kind": kind, "seconds": min(walls), "cpu_seconds": min(cpus), "peak_gb": peak}
+        with Meter() as meter:
+            jax.block_until_ready(run(tokens, weights))
+        meters.append(meter)
+    wall, cpu, peak = (min(getattr(m, name) for m in meters) for name in ("wall_s", "cpu_s", "peak_gb"))
+    return {"kind": kind, "seconds": wall, "cpu_seconds": cpu, "peak_gb": max(Meter.highest, peak), "working_gb": peak}
 
 
 def main() -> None:
@@ -128,9 +121,8 @@ def main() -> None:
     parser.add_argument("--k", type=int, default=8192)
     parser.add_argument("--steps", type=int, default=3, help="timed passes a process")
     parser.add_argument("--rounds", type=int, default=2, help="processes of each kind, interleaved")
-    parser.add_argument("--output", type=Path, help="JSON file for the results")
     parser.add_argument("--child", choices=KINDS, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parse(parser, "sketching")
     if options.child:
         print(json.dumps(measure(options.child, options)))
         return
@@ -143,18 +135,18 @@ def main() -> None:
     rows = []
     for found in runs.values():
         row = {name: min(run[name] for run in found) for name in ("seconds", "cpu_seconds")}
-        rows.append(found[0] | row | {"peak_gb": max(run["peak_gb"] for run in found)})
+        rows.append(found[0] | row | {name: max(run[name] for run in found) for name in ("peak_gb", "working_gb")})
     bare = rows[0]
-    print(f"{'pass':10} {'examples/s':>10} {'of bare':>8} {'CPU s':>7} {'of bare':>8} {'peak GB':>8} {'of bare':>8}")
+    columns = ("examples/s", "of bare", "CPU s", "of bare", "peak GB", "of bare", "working", "of bare")
+    print(f"{'pass':10}" + "".join(f"{name:>11}" for name in columns))
     for row in rows:
         print(
-            f"{row['kind']:10} {options.batch / row['seconds']:10.2f} {bare['seconds'] / row['seconds']:8.0%} "
-            f"{row['cpu_seconds']:7.2f} {bare['cpu_seconds'] / row['cpu_seconds']:8.0%} {row['peak_gb']:8.2f} "
-            f"{row['peak_gb'] / bare['peak_gb']:8.2f}"
+            f"{row['kind']:10} {options.batch / row['seconds']:10.2f} {bare['seconds'] / row['seconds']:10.0%} "
+            f"{row['cpu_seconds']:10.2f} {bare['cpu_seconds'] / row['cpu_seconds']:10.0%} {row['peak_gb']:10.2f} "
+            f"{row['peak_gb'] / bare['peak_gb']:10.2f} {row['working_gb']:10.2f} "
+            f"{row['working_gb'] / bare['working_gb']:10.2f}"
         )
-    if options.output:
-        about = {"machine": platform.machine(), "cores": os.cpu_count(), "options": vars(options) | {"output": None}}
-        options.output.write_text(json.dumps(about | {"rows": rows}, indent=1, default=str) + "\n")
+    write(options.output, options, {"rows": rows})
 
 
 if __name__ == "__main__":

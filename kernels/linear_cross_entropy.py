@@ -3,7 +3,9 @@
 The vocabulary projection is most of a small model's memory and a fifth of its arithmetic. Here tokens without
 weight are sorted out first, the rest go through the vocabulary `chunk` at a time, and the loss computes its own
 gradients in the same pass (they are linear in the weights, which are known), so nothing is computed twice.
-Plain JAX on all platforms; a fused kernel comes with the gradient issue.
+
+Plain JAX by default on all platforms. `linear_cross_entropy_pallas` holds kernels for TPUs and counts the arithmetic
+of both; no TPU has run them.
 """
 
 from __future__ import annotations
@@ -13,7 +15,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from duet_jax.kernels.dispatch import Implementation, runs_kernel
 from jax import Array
+
+
+def _kernels() -> Any:
+    """The module of the kernels, where they are asked for: Pallas takes long to import."""
+    from duet_jax.kernels import linear_cross_entropy_pallas
+
+    return linear_cross_entropy_pallas
 
 
 def dot(x: Array, y: Array, axes: tuple[int, int], dtype: Any) -> Array:
@@ -53,6 +63,7 @@ def token_log_probs(
     *,
     chunk: int = 256,
     compute_dtype: Any = jnp.float32,
+    implementation: Implementation | None = None,
 ) -> Array:
     """Log-probability of each label; forward only, not differentiable.
 
@@ -61,13 +72,17 @@ def token_log_probs(
       head: `[V, D]` output rows.
       labels: int32 `[N]`.
       mask: bool `[N]`; rows that are False are not computed.
-      chunk: rows that meet the vocabulary at a time; `chunk * V` float32 values is the working memory.
+      chunk: rows that meet the vocabulary at a time; `chunk * V` float32 values is the working memory. A kernel
+        chooses both itself.
       compute_dtype: dtype of the factors; products accumulate in float32.
+      implementation: None for the default, plain JAX.
 
     Returns:
       float32 `[N]`, 0 where `mask` is False.
     """
     count = hidden.shape[0]
+    kernel = runs_kernel(implementation)
+    chunk = _kernels().block_of_tokens(*hidden.shape, compute_dtype) if kernel else chunk
     hidden, labels, weights, order, chunks = _weighted_first(hidden, labels, mask.astype(jnp.float32), chunk)
 
     def body(i: Array, out: Array) -> Array:
@@ -75,11 +90,15 @@ def token_log_probs(
         log_probs, _, _ = _chunk_log_probs(rows(hidden), head, rows(labels), compute_dtype)
         return jax.lax.dynamic_update_slice_in_dim(out, log_probs * rows(weights), i * chunk, 0)
 
-    ordered = jax.lax.fori_loop(0, chunks, body, jnp.zeros(hidden.shape[0], jnp.float32))
+    if kernel:
+        factors = hidden.astype(compute_dtype), head.astype(compute_dtype)
+        ordered = weights * _kernels().token_statistics(*factors, labels, weights, chunks * chunk)[0]
+    else:
+        ordered = jax.lax.fori_loop(0, chunks, body, jnp.zeros(hidden.shape[0], jnp.float32))
     return jnp.zeros(count, jnp.float32).at[order].set(ordered[:count])
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def linear_cross_entropy(
     hidden: Array,
     head: Array,
@@ -87,6 +106,7 @@ def linear_cross_entropy(
     weights: Array,
     chunk: int = 256,
     compute_dtype: Any = jnp.float32,
+    implementation: Implementation | None = None,
 ) -> Array:
     """`-sum_t weights[t] * log softmax(hidden[t] @ head.T)[labels[t]]`.
 
@@ -100,21 +120,32 @@ def linear_cross_entropy(
       weights: float32 `[N]`; rows of weight 0 cost nothing.
       chunk: rows that meet the vocabulary at a time.
       compute_dtype: dtype of the factors; products accumulate in float32.
+      implementation: None for the default, plain JAX.
 
     Returns:
       float32 scalar.
     """
-    log_probs = token_log_probs(hidden, head, labels, weights != 0, chunk=chunk, compute_dtype=compute_dtype)
+    log_probs = token_log_probs(
+        hidden, head, labels, weights != 0, chunk=chunk, compute_dtype=compute_dtype, implementation=implementation
+    )
     return -jnp.sum(weights * log_probs)
 
 
 def losses_and_gradients(
-    hidden: Array, head: Array, labels: Array, weights: Array, chunk: int, compute_dtype: Any, *, of_head: bool
+    hidden: Array,
+    head: Array,
+    labels: Array,
+    weights: Array,
+    chunk: int,
+    compute_dtype: Any,
+    *,
+    of_head: bool,
+    implementation: Implementation | None = None,
 ) -> tuple[Array, Array, Array, Array]:
     """Each token's weighted loss, and the gradients of their sum, in one pass over the logits.
 
     Args:
-      hidden, head, labels, weights, chunk, compute_dtype: as for `linear_cross_entropy`.
+      hidden, head, labels, weights, chunk, compute_dtype, implementation: as for `linear_cross_entropy`.
       of_head: whether the head's gradient is wanted.
 
     Returns:
@@ -122,41 +153,81 @@ def losses_and_gradients(
       `[N, D]` of `hidden` in its dtype, and that of the head, float32 `[V, D]`, or a scalar 0.
     """
     count = hidden.shape[0]
-    rows_in, labels, weights, order, chunks = _weighted_first(hidden, labels, weights, chunk)
+    kernel = runs_kernel(implementation)
+    chunk = _kernels().block_of_tokens(*hidden.shape, compute_dtype) if kernel else chunk
+    *rows, order, chunks = _weighted_first(hidden, labels, weights, chunk)
+    compute = _by_kernel if kernel else _by_chunks
+    *found, of_head_found = compute(rows[0], head, rows[1], rows[2], chunk, chunks, compute_dtype, of_head)
+    losses, normalisers, hidden_gradient = (jnp.zeros_like(x[:count]).at[order].set(x[:count]) for x in found)
+    return losses, normalisers, hidden_gradient, of_head_found
+
+
+def _by_chunks(
+    hidden: Array, head: Array, labels: Array, weights: Array, chunk: int, chunks: Array, dtype: Any, of_head: bool
+) -> tuple[Array, Array, Array, Array]:
+    """What `losses_and_gradients` returns of the first `chunks` chunks."""
 
     def body(i: Array, carry: tuple) -> tuple:
         losses, normalisers, hidden_gradient, head_gradient = carry
         rows = partial(jax.lax.dynamic_slice_in_dim, start_index=i * chunk, slice_size=chunk)
         put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=i * chunk, axis=0)
-        x, label, weight = rows(rows_in), rows(labels), rows(weights)
-        log_probs, logits, log_normaliser = _chunk_log_probs(x, head, label, compute_dtype)
+        x, label, weight = rows(hidden), rows(labels), rows(weights)
+        log_probs, logits, log_normaliser = _chunk_log_probs(x, head, label, dtype)
         error = jnp.exp(logits - log_normaliser[:, None])
         error = error - (jnp.arange(head.shape[0])[None, :] == label[:, None])
-        error = (error * weight[:, None]).astype(compute_dtype)
-        x_gradient = dot(error, head, (1, 0), compute_dtype)
+        error = (error * weight[:, None]).astype(dtype)
+        x_gradient = dot(error, head, (1, 0), dtype)
         if of_head:
-            head_gradient += dot(error, x, (0, 0), compute_dtype)
+            head_gradient += dot(error, x, (0, 0), dtype)
         found = put(losses, -weight * log_probs), put(normalisers, log_normaliser)
         return *found, put(hidden_gradient, x_gradient.astype(hidden.dtype)), head_gradient
 
-    zeros = jnp.zeros(rows_in.shape[0], jnp.float32)
+    zeros = jnp.zeros(hidden.shape[0], jnp.float32)
     empty = jnp.zeros(head.shape if of_head else (), jnp.float32)
-    *found, head_gradient = jax.lax.fori_loop(0, chunks, body, (zeros, zeros, jnp.zeros_like(rows_in), empty))
-    losses, normalisers, hidden_gradient = (jnp.zeros_like(x[:count]).at[order].set(x[:count]) for x in found)
-    return losses, normalisers, hidden_gradient, head_gradient
+    return jax.lax.fori_loop(0, chunks, body, (zeros, zeros, jnp.zeros_like(hidden), empty))
 
 
-def _forward(hidden: Any, head: Any, labels: Any, weights: Any, chunk: int, compute_dtype: Any) -> tuple[Array, tuple]:
+def _by_kernel(
+    hidden: Array, head: Array, labels: Array, weights: Array, chunk: int, chunks: Array, dtype: Any, of_head: bool
+) -> tuple[Array, Array, Array, Array]:
+    """The same from the kernels."""
+    x, rows, used = hidden.astype(dtype), head.astype(dtype), chunks * chunk
+    compute = partial(_kernels().token_statistics, gradient_dtype=hidden.dtype)
+    log_probs, normalisers, gradient = compute(x, rows, labels, weights, used)
+    of_rows = jnp.zeros(())
+    if of_head:
+        of_rows = _kernels().head_gradient(x, rows, labels, weights, normalisers, used)
+    return -weights * log_probs, normalisers, gradient, of_rows
+
+
+def _forward(
+    hidden: Any,
+    head: Any,
+    labels: Any,
+    weights: Any,
+    chunk: int,
+    compute_dtype: Any,
+    implementation: Implementation | None,
+) -> tuple[Array, tuple]:
     losses, _, hidden_gradient, head_gradient = losses_and_gradients(
-        hidden.value, head.value, labels.value, weights.value, chunk, compute_dtype, of_head=head.perturbed
+        hidden.value,
+        head.value,
+        labels.value,
+        weights.value,
+        chunk,
+        compute_dtype,
+        of_head=head.perturbed,
+        implementation=implementation,
     )
     # A zero-size array carries the head's dtype to the backward rule, which may hold only arrays.
     like_head = jnp.zeros(0, head.value.dtype)
     return jnp.sum(losses), (hidden_gradient, head_gradient if head.perturbed else None, like_head)
 
 
-def _backward(chunk: int, compute_dtype: Any, gradients: tuple, output_gradient: Array) -> tuple:
-    del chunk, compute_dtype
+def _backward(
+    chunk: int, compute_dtype: Any, implementation: Implementation | None, gradients: tuple, output_gradient: Array
+) -> tuple:
+    del chunk, compute_dtype, implementation
     hidden_gradient, head_gradient, like_head = gradients
     head_out = None if head_gradient is None else (output_gradient * head_gradient).astype(like_head.dtype)
     return (output_gradient * hidden_gradient).astype(hidden_gradient.dtype), head_out, None, None

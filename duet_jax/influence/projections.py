@@ -11,17 +11,19 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from duet_jax.kernels import signs
+from duet_jax.kernels import rademacher, signs
 from duet_jax.kernels.count_sketch import count_sketch
+from duet_jax.kernels.dispatch import Implementation
+from duet_jax.kernels.gradient_sketch import gradient_sketch
 
 GRADIENT_VALUES = 1 << 22  # float32 values of the gradients of a batch that exist at a time, where one is made
-MATRIX_VALUES = 1 << 22  # float32 values of a dense random matrix that exist at a time
 
 
 class Blocks(NamedTuple):
@@ -114,10 +116,14 @@ class Projection(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class CountSketch:
-    """Row-shift CountSketch, see `kernels.count_sketch`: as accurate as dense signs and by far the cheapest."""
+    """Row-shift CountSketch, see `kernels.count_sketch`: as accurate as dense signs and by far the cheapest.
+
+    `implementation` chooses between two ways to the same numbers, see `kernels.gradient_sketch`.
+    """
 
     k: int = 8192
     seed: int = 0
+    implementation: Implementation | None = dataclasses.field(default=None, repr=False)
     name = "count_sketch"
     per_layer = False
 
@@ -132,7 +138,9 @@ class CountSketch:
         return self.k // math.gcd(self.k, cols)
 
     def project(self, name: str, layer: Any, x: Array, d: Array) -> Array:
-        return _by_blocks(self, name, layer, x, d)
+        plain = partial(_by_blocks, self, name, layer)
+        stream = signs.stream(name, layer)
+        return gradient_sketch(x, d, self.seed, stream, self.k, implementation=self.implementation, plain=plain)
 
     def project_dense(self, name: str, layer: Any, gradient: Array, first_row: Any = 0) -> Array:
         batch, rows, cols = gradient.shape
@@ -142,10 +150,14 @@ class CountSketch:
 
 @dataclasses.dataclass(frozen=True)
 class Rademacher:
-    """Dense random signs over `sqrt(k)`: the reference, and what LESS uses. Costs k operations a coordinate."""
+    """Dense random signs over `sqrt(k)`: the reference, and what LESS uses. Costs k operations a coordinate.
+
+    `implementation` chooses between two ways to the same numbers, see `kernels.rademacher`.
+    """
 
     k: int = 8192
     seed: int = 0
+    implementation: Implementation | None = dataclasses.field(default=None, repr=False)
     name = "rademacher"
     per_layer = False
 
@@ -161,32 +173,18 @@ class Rademacher:
         return 1
 
     def matrix(self, name: str, layer: Any, count: int, first: Any = 0) -> Array:
-        """Signs float32 `[count, k]` of the coordinates from `first` on.
-
-        Sign j of coordinate c is bit `j % 32` of word c of the stream that word `j // 32` of the parameter's own
-        stream names.
-        """
-        streams = signs.words(self.seed, signs.stream(name, layer), jnp.arange(self.k // 32, dtype=jnp.uint32))
-        coordinates = jnp.asarray(first, jnp.uint32) + jnp.arange(count, dtype=jnp.uint32)
-        words = signs.words(self.seed, streams, coordinates[:, None])
-        bits = (words[..., None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
-        return 1.0 - 2.0 * bits.reshape(count, self.k).astype(jnp.float32)
+        """Signs float32 `[count, k]` of the coordinates from `first` on."""
+        return rademacher.matrix(self.seed, signs.stream(name, layer), self.k, count, first)
 
     def project(self, name: str, layer: Any, x: Array, d: Array) -> Array:
         return _by_blocks(self, name, layer, x, d)
 
     def project_dense(self, name: str, layer: Any, gradient: Array, first_row: Any = 0) -> Array:
         batch, rows, cols = gradient.shape
-        start, chunk = jnp.asarray(first_row, jnp.uint32) * cols, min(max(MATRIX_VALUES // self.k, 1), rows * cols)
-        number = -(-rows * cols // chunk)
-        flat = jnp.pad(gradient.reshape(batch, rows * cols), [(0, 0), (0, number * chunk - rows * cols)])
-
-        def add(i: Array, total: Array) -> Array:
-            part = jax.lax.dynamic_slice_in_dim(flat, i * chunk, chunk, 1)
-            return total + part @ self.matrix(name, layer, chunk, start + (i * chunk).astype(jnp.uint32))
-
-        total = jax.lax.fori_loop(0, number, add, jnp.zeros((batch, self.k), jnp.float32))
-        return total * self.k**-0.5
+        flat, start = gradient.reshape(batch, rows * cols), jnp.asarray(first_row, jnp.uint32) * cols
+        stream = signs.stream(name, layer)
+        sums = rademacher.signed_sums(flat, self.seed, stream, self.k, start, implementation=self.implementation)
+        return sums * self.k**-0.5
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from duet_jax.kernels import rademacher
 
 from duet_jax.influence import projections
 from duet_jax.influence.projections import CountSketch, Kronecker, KroneckerSketch, Rademacher, blocks, product
@@ -118,7 +119,7 @@ def test_dense_signs_do_not_depend_on_how_many_are_made_at_a_time(monkeypatch):
     whole = projection.project_dense("q", 0, gradient)
     explicit = gradient.reshape(2, -1) @ projection.matrix("q", 0, 110) / 8
     np.testing.assert_allclose(whole, explicit, rtol=1e-5, atol=1e-5)
-    monkeypatch.setattr(projections, "MATRIX_VALUES", 64 * 13)
+    monkeypatch.setattr(rademacher, "MATRIX_VALUES", 64 * 13)
     np.testing.assert_allclose(projection.project_dense("q", 0, gradient), whole, rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(projection.matrix("q", 0, 10, 100), projection.matrix("q", 0, 110)[100:])
 
