@@ -11,9 +11,10 @@ rest. Plain JAX moves 8 bytes more a coordinate where its blocks do not fit into
 is bound by the many small steps of a loop over sketch rows.
 
 Not the default anywhere, as no TPU has run it. It compiles for TPU v5e, v5p and v6e (libtpu 0.0.42 and 0.0.50). The
-compiler's own counts for a pass that sketches all layers, in million cycles, of them in the kernel, plain JAX:
+compiler's estimates for a pass that sketches all layers, in million cycles, of them in the kernel, plain JAX:
 SmolLM2-135M, 16 examples of 512 tokens (v5e): 258, 20, 407; Llama-3.1-8B, 4 examples of 512 tokens (v5p): 1,006, 374,
-9,326. Both take the same memory, 1.3 and 2.9 GB beside the parameters.
+9,326. They are no measurements: those of the kernel count its instructions without stalls, and for 8B are of its v5e
+schedule. Both take the same memory, 1.3 and 2.9 GB beside the parameters.
 """
 
 from __future__ import annotations
