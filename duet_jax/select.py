@@ -185,7 +185,7 @@ def _write(
         for row in at
     ]
     rows.sort(key=lambda row: -row["utility"])
-    write(folder / "selected.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write(folder / "selected.jsonl", "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows))
     about = {
         "config": plain(config),
         "model": None if loaded is None else {"source": loaded.model.source, "fingerprint": loaded.model.fingerprint},

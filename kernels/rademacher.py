@@ -8,8 +8,8 @@ result once, `4 B (n k / 4096 + k)` bytes: it is bound by the matrix unit from a
 signs below. Plain JAX makes the signs for 4 million values at a time and passes over them twice, 8 bytes each.
 
 Not the default anywhere, as no TPU has run it. It compiles for TPU v5e, v5p and v6e (libtpu 0.0.42 and 0.0.50). The
-compiler's own count for a layer of SmolLM2-135M (v5e, B = 64, n = 331,776, k = 8192): 21.4 million cycles in plain
-JAX, 5.0 million in the kernel, of which 2.7 million are the matrix unit's.
+compiler's estimate for a layer of SmolLM2-135M (v5e, B = 64, n = 331,776, k = 8192) is 21.4 million cycles in plain
+JAX; the kernel's instructions are 5.0 million without stalls, of which 2.7 million are the matrix unit's.
 """
 
 from __future__ import annotations

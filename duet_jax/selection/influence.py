@@ -63,15 +63,7 @@ def _scores(
     paths = [folder / f"scores-{part:05d}.npy" for part in range(len(parts))]
     if not all(path.exists() for path in paths):
         rows = pool.sample(len(data), selector.warmup_examples, number)
-        trained = trainer.fit(
-            data,
-            rows,
-            seed=pool.seed,
-            start_seed=pool.seed,
-            fingerprint=pool.fingerprint,
-            folder=folder / "training",
-            on_step=pool.steps(f"{name}, warm-up"),
-        )
+        trained = pool.warm_up(trainer, data, rows, folder / "training", f"{name}, warm-up")
         point = pool.point(trainer, trained.trainable)
         batches = [(tokens, weights) for _, tokens, weights in pool.batching.batches(data, rows)]
         curvature = kfac.fit(point.gradients, point.params, point.lora, batches, key=jax.random.key(pool.seed))

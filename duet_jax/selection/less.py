@@ -69,16 +69,7 @@ def _warm_up(pool: Pool, trainer: Trainer, data: Encoded, most: int, folder: Pat
             checkpoints.save(step, state, {})
 
     if not (folder / "trained").exists():
-        trainer.fit(
-            data,
-            rows,
-            seed=pool.seed,
-            start_seed=pool.seed,
-            fingerprint=pool.fingerprint,
-            folder=folder / "training",
-            on_step=pool.steps("warm-up"),
-            on_epoch=keep,
-        )
+        pool.warm_up(trainer, data, rows, folder / "training", "warm-up", keep)
         (folder / "trained").touch()
     return ends
 

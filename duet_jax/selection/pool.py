@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +17,7 @@ from duet_jax.data import Encoded
 from duet_jax.influence.build import Batching, Point, Progress
 from duet_jax.influence.features import Moments
 from duet_jax.influence.gradients import ExampleGradients
-from duet_jax.training.sft import StepReport, Trainer
+from duet_jax.training.sft import Trained, Trainer, TrainState
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -94,6 +95,23 @@ class Pool:
         """Progress of one part of the work."""
         return lambda done, of: self.on_progress(name, done, of)
 
-    def steps(self, name: str) -> Callable[[StepReport], None]:
-        """Progress of a training."""
-        return lambda report: self.on_progress(name, report.step, report.steps)
+    def warm_up(
+        self,
+        trainer: Trainer,
+        data: Encoded,
+        rows: np.ndarray,
+        folder: Path,
+        name: str,
+        on_epoch: Callable[[int, TrainState], None] | None = None,
+    ) -> Trained:
+        """Trains on some rows, or goes on from the checkpoint in `folder`."""
+        return trainer.fit(
+            data,
+            rows,
+            seed=self.seed,
+            start_seed=self.seed,
+            fingerprint=self.fingerprint,
+            folder=folder,
+            on_step=lambda report: self.on_progress(name, report.step, report.steps),
+            on_epoch=on_epoch,
+        )

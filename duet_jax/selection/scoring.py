@@ -51,5 +51,9 @@ def score(pool: Pool, selector: SelectorConfig, folder: Path) -> tuple[np.ndarra
 def _check(pool: Pool) -> None:
     for name, examples in pool.targets or zip(pool.names, pool.validation, strict=True):
         if not len(examples):
-            reason = "the target has no examples" if pool.targets else "no example of it is held out"
-            raise DataError(f"'{name}': {reason}, but the selector scores for them; raise data.validation_fraction")
+            reason = (
+                "the target has no examples; give it some"
+                if pool.targets
+                else "no example of it is held out to be scored for; raise data.validation_fraction"
+            )
+            raise DataError(f"'{name}': {reason}")

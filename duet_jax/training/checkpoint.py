@@ -43,7 +43,12 @@ class Checkpoints:
         self._manager.close()
 
     def save(self, step: int, state: Any, progress: Mapping[str, float]) -> None:
-        """Writes the state after `step` steps, in the background; `progress` is plain numbers kept with it."""
+        """Writes the state after `step` steps, in the background; `progress` is plain numbers kept with it.
+
+        A step that is there already stays: a training that was killed and goes on comes by with the same bits.
+        """
+        if step in self._manager.all_steps():
+            return
         about = {"identity": self._identity, "progress": dict(progress)}
         self._manager.save(
             step,
