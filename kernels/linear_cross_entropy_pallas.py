@@ -12,7 +12,8 @@ bfloat16) the kernel is bound by the matrix unit. Plain JAX passes over a chunk'
 each, and adds float32 gradients of the whole head for every chunk.
 
 Not the default anywhere, as no TPU has run them. They compile for TPU v5e, v5p and v6e (libtpu 0.0.42 and 0.0.50).
-The compiler's estimates, for kernels without stalls, in million cycles (v5e, 2048 tokens, bfloat16; plain JAX with its 256 tokens at a time):
+The compiler's estimates, for kernels without stalls, in million cycles (v5e, 2048 tokens, bfloat16; plain JAX with its
+256 tokens at a time):
 
   | head | | kernel | plain JAX |
   | 49,152 x 576 | log-probabilities | 1.3 | 3.2 |
