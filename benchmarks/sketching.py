@@ -117,7 +117,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--layers", type=int, default=SHAPE["layers"])
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--remat", default="full", choices=["none", "attention", "full"])
+    parser.add_argument("--remat", default="products", choices=["none", "products", "full"])
     parser.add_argument("--k", type=int, default=8192)
     parser.add_argument("--steps", type=int, default=3, help="timed passes a process")
     parser.add_argument("--rounds", type=int, default=2, help="processes of each kind, interleaved")

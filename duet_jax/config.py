@@ -62,14 +62,15 @@ class ModelConfig:
       scratch: shape of a model that starts from random weights.
       dtype: of matrix products.
       chat: whether prompts go through the chat template; None: where the model has one.
-      remat: what the backward pass computes again instead of keeping it.
+      remat: what the backward pass computes again: all but the matrix products ("products", the fastest), whole layers
+        ("full", needs the least memory), or nothing ("none").
     """
 
     source: str | None = None
     scratch: ScratchConfig | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     chat: bool | None = None
-    remat: Literal["none", "attention", "full"] = "full"
+    remat: Literal["none", "products", "full"] = "products"
 
     def __post_init__(self) -> None:
         if (self.source is None) == (self.scratch is None):

@@ -76,7 +76,7 @@ class ExampleGradients:
     head: bool = False
     reduction: Literal["sum", "mean"] = "mean"
     compute_dtype: Any = jnp.float32
-    remat: llama.Remat = "full"
+    remat: llama.Remat = "products"
     micro_batch: int | None = None
     mesh: Mesh | None = None
 
@@ -198,6 +198,8 @@ class ExampleGradients:
             moments: Moments | None,
             targets: Mapping[str, Array] | None,
         ) -> Examples:
+            params = llama.frozen(params, self.compute_dtype)
+
             def part(rows: tuple[Array, Array, Array]) -> Examples:
                 return self._backward(rule, params, lora, rows, moments, targets)
 

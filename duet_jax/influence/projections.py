@@ -69,7 +69,13 @@ def blocks(rows: int, cols: int, batch: int, multiple: int) -> Blocks:
 
 def product(x: Array, d: Array) -> Array:
     """Gradients float32 `[B, rows, cols]` of `x [B, T, rows]` and `d [B, T, cols]`, of one dtype."""
-    return jax.lax.dot_general(x, d, (((1,), (1,)), ((0,), (0,))), preferred_element_type=jnp.float32)
+    over_tokens = (((1,), (1,)), ((0,), (0,)))
+    if d.shape[2] < x.shape[2]:
+        # The narrow factor first: the other way, to which XLA would turn this back, takes up to six times as long on
+        # CPUs.
+        turned = jax.lax.dot_general(d, x, over_tokens, preferred_element_type=jnp.float32)
+        return jax.lax.optimization_barrier(turned).swapaxes(1, 2)
+    return jax.lax.dot_general(x, d, over_tokens, preferred_element_type=jnp.float32)
 
 
 def _by_blocks(projection: Projection, name: str, layer: Any, x: Array, d: Array) -> Array:

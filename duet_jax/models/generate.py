@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from duet_jax.models.llama import LlamaConfig, Params, decode, output_head, prefill
+from duet_jax.models.llama import LlamaConfig, Params, decode, frozen, output_head, prefill
 from duet_jax.models.lora import Lora
 
 Generate = Callable[[Params, Lora | None, ArrayLike, ArrayLike], tuple[Array, Array]]
@@ -43,7 +43,7 @@ def make_generate(
     @jax.jit
     def generate(params: Params, lora: Lora | None, tokens: Array, lengths: Array) -> tuple[Array, Array]:
         rows, width = tokens.shape
-        head = output_head(params)
+        params, head = frozen(params, compute_dtype), output_head(params)
 
         def best_token(hidden: Array) -> Array:
             logits = jax.lax.dot_general(

@@ -13,7 +13,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
+
+from duet_jax.models.packed import unpack
 
 
 class Taps(NamedTuple):
@@ -46,7 +49,7 @@ def matmul(x: Array, kernel: Array, compute_dtype: jnp.dtype) -> Array:
 
     Args:
       x: `[..., in]`, any float dtype.
-      kernel: `[in, out]`, any float dtype.
+      kernel: `[in, out]`, any float dtype, or packed.
       compute_dtype: dtype that both factors are rounded to, and that of the result.
 
     Returns:
@@ -58,7 +61,7 @@ def matmul(x: Array, kernel: Array, compute_dtype: jnp.dtype) -> Array:
 
 def _product(x: Array, kernel: Array, compute_dtype: jnp.dtype) -> Array:
     contract = ((x.ndim - 1,), (0,))
-    return _dot(x.astype(compute_dtype), kernel.astype(compute_dtype), contract).astype(compute_dtype)
+    return _dot(x.astype(compute_dtype), unpack(kernel).astype(compute_dtype), contract).astype(compute_dtype)
 
 
 def _forward(x: Array, kernel: Array, compute_dtype: jnp.dtype) -> tuple[Array, tuple[Array, Array]]:
@@ -68,11 +71,14 @@ def _forward(x: Array, kernel: Array, compute_dtype: jnp.dtype) -> tuple[Array, 
     return _product(x, kernel, compute_dtype), (x, kernel)
 
 
-def _backward(compute_dtype: jnp.dtype, factors: tuple[Array, Array], output_gradient: Array) -> tuple[Array, Array]:
+def _backward(compute_dtype: jnp.dtype, factors: tuple[Array, Array], output_gradient: Array) -> tuple[Array, Any]:
     x, kernel = factors
     gradient = output_gradient.astype(compute_dtype)
     last = gradient.ndim - 1
-    x_gradient = _dot(gradient, kernel.astype(compute_dtype), ((last,), (1,)))
+    x_gradient = _dot(gradient, unpack(kernel).astype(compute_dtype), ((last,), (1,)))
+    if kernel.dtype == jnp.uint16:
+        # Packed kernels are frozen: words have no gradient.
+        return x_gradient.astype(x.dtype), np.zeros(kernel.shape, jax.dtypes.float0)
     leading = tuple(range(last))
     kernel_gradient = _dot(x.astype(compute_dtype), gradient, (leading, leading))
     return x_gradient.astype(x.dtype), kernel_gradient.astype(kernel.dtype)

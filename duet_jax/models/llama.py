@@ -19,11 +19,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from duet_jax.models.attention import cached_attention, causal_attention
 from duet_jax.models.linear import Taps, matmul, untapped
 from duet_jax.models.lora import Lora, adapt
+from duet_jax.models.packed import KEEP, keep, pack
 
 Params = dict[str, Any]
-Remat = Literal["none", "attention", "full"]
+Remat = Literal["none", "products", "full"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,9 +83,16 @@ def rope_frequencies(config: LlamaConfig) -> Array:
     return frequencies * (kept + (1 - kept) / scaling.factor)
 
 
-def rotate(x: Array, angles: Array) -> Array:
-    """Rotary embedding, halves convention: `x [B, T, N, H]`, `angles [B or 1, T, H // 2]`."""
-    cos, sin = jnp.cos(angles)[:, :, None, :], jnp.sin(angles)[:, :, None, :]
+def rotation(config: LlamaConfig, positions: Array) -> tuple[Array, Array]:
+    """Cosines and sines, float32 `[B, T, 1, head_dim // 2]`, of the angles at positions `[B, T]`."""
+    # Once for all layers: inside of them they would be computed again for every element that is rotated.
+    angles = positions.astype(jnp.float32)[..., None, None] * rope_frequencies(config)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: Array, by: tuple[Array, Array]) -> Array:
+    """Rotary embedding of `x [B, T, N, H]` by `rotation`, halves convention."""
+    cos, sin = by
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x.dtype)
@@ -96,27 +105,9 @@ def rms_norm(x: Array, scale: Array, eps: float, dtype: jnp.dtype) -> Array:
     return (normed * scale.astype(jnp.float32)).astype(dtype)
 
 
-def _attend(config: LlamaConfig, q: Array, k: Array, v: Array, lengths: Array | None) -> Array:
-    """Causal attention over a sequence, or of one query over a cache of which `lengths` slots count."""
-    # jax.nn.dot_product_attention does not choose its fused GPU version by itself, and that one takes only
-    # half precision.
-    fused = jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16)
-    implementation: Literal["cudnn", "xla"] = "cudnn" if fused else "xla"
-    window = config.sliding_window
-    if lengths is None:
-        return jax.nn.dot_product_attention(
-            q,
-            k,
-            v,
-            is_causal=True,
-            local_window_size=None if window is None else (window - 1, 0),
-            implementation=implementation,
-        )
-    slots = jnp.arange(k.shape[1])[None, :]
-    visible = slots < lengths[:, None]
-    if window is not None:
-        visible &= slots >= lengths[:, None] - window
-    return jax.nn.dot_product_attention(q, k, v, mask=visible[:, None, None, :], implementation="xla")
+def gated(gate: Array, up: Array) -> Array:
+    """`silu(gate) * up`, computed in float32: rounding every step to bfloat16 is slower and less accurate."""
+    return (jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)).astype(gate.dtype)
 
 
 class Linear(nnx.Module):
@@ -142,7 +133,7 @@ class Pass:
     """What is common to all layers of one forward pass, and what watches the products of this layer."""
 
     dtype: Any
-    angles: Array
+    rotation: tuple[Array, Array]
     remat: Remat = "none"
     tap: Callable[[str, Array, Array], Array] = untapped
 
@@ -177,7 +168,7 @@ class Block(nnx.Module):
         if config.qk_norm:
             q = rms_norm(q, self.q_norm[...], config.rms_norm_eps, q.dtype)
             k = rms_norm(k, self.k_norm[...], config.rms_norm_eps, k.dtype)
-        return rotate(q, pass_.angles), rotate(k, pass_.angles), v
+        return keep(rotate(q, pass_.rotation)), keep(rotate(k, pass_.rotation)), keep(v)
 
     def __call__(
         self,
@@ -194,22 +185,19 @@ class Block(nnx.Module):
         normed = rms_norm(x, self.attention_norm[...], config.rms_norm_eps, pass_.dtype)
         q, k, v = self._heads(normed, adapters, pass_)
         if cache is None:
-            # The softmax of every layer is the largest thing a backward pass would keep and the cheapest to
-            # make again; where whole layers are made again, once is enough.
-            attend = _attend if pass_.remat != "attention" else jax.checkpoint(_attend, static_argnums=(0,))
-            mixed = attend(config, q, k, v, None)
+            mixed = causal_attention(q, k, v, config.sliding_window)
         else:
             keys, values, position = cache
             rows = jnp.arange(x.shape[0])
             keys = keys.at[rows, position].set(k[:, 0])
             values = values.at[rows, position].set(v[:, 0])
-            mixed = _attend(config, q, keys, values, position + 1)
+            mixed = cached_attention(q, keys, values, position + 1, config.sliding_window)
         mixed = mixed.reshape(*x.shape[:2], -1)
-        x = x + self.o("o", mixed, adapters.get("o"), pass_).astype(x.dtype)
+        x = x + keep(self.o("o", mixed, adapters.get("o"), pass_)).astype(x.dtype)
         normed = rms_norm(x, self.mlp_norm[...], config.rms_norm_eps, pass_.dtype)
-        gate = self.gate("gate", normed, adapters.get("gate"), pass_)
-        up = self.up("up", normed, adapters.get("up"), pass_)
-        x = x + self.down("down", jax.nn.silu(gate) * up, adapters.get("down"), pass_).astype(x.dtype)
+        gate = keep(self.gate("gate", normed, adapters.get("gate"), pass_))
+        up = keep(self.up("up", normed, adapters.get("up"), pass_))
+        x = x + self.down("down", gated(gate, up), adapters.get("down"), pass_).astype(x.dtype)
         return x, (k, v)
 
 
@@ -256,10 +244,8 @@ class Llama(nnx.Module):
             x, new_kv = nnx.merge(block_def, params)(x, adapters, this, layer_cache)
             return x, new_kv if keep_kv else None
 
-        if pass_.remat == "full":
-            # Whole layers: on a CPU, memory that is written for the backward pass costs more than the arithmetic
-            # it saves (keeping the two wide products instead made a step 14% slower).
-            layer = jax.checkpoint(layer)
+        if pass_.remat != "none":
+            layer = jax.checkpoint(layer, policy=KEEP if pass_.remat == "products" else None)
         adapters = {} if lora is None else lora.adapters()
         keys = None
         if lora is not None and lora.dropout > 0 and dropout_key is not None:
@@ -292,6 +278,18 @@ def shapes(config: LlamaConfig, dtype: Any = jnp.float32) -> Params:
     return jax.eval_shape(lambda: init(config, key=jax.random.key(0), dtype=dtype))
 
 
+def frozen(params: Params, compute_dtype: Any) -> Params:
+    """The same parameters for passes that do not train them: kernels of layers rounded to `compute_dtype` once.
+
+    Every product rounds its kernel anyway, under rematerialisation three times a pass. In bfloat16 they are packed.
+    """
+
+    def rounded(path: tuple, leaf: Array) -> Array:
+        return pack(leaf.astype(compute_dtype)) if path[-1].key == "kernel" and leaf.dtype != jnp.uint16 else leaf
+
+    return {**params, "layers": jax.tree_util.tree_map_with_path(rounded, params["layers"])}
+
+
 def output_head(params: Params) -> Array:
     """Rows that score each token of the vocabulary, `[vocab, hidden]`: `logits = hidden @ head.T`."""
     return params["embedding"] if "head" not in params else params["head"]
@@ -317,15 +315,15 @@ def hidden_states(
       lora: adapters added to the linear layers.
       dropout_key: key of LoRA dropout; none in evaluation.
       compute_dtype: dtype of matrix products; they accumulate in float32, as does the residual stream.
-      remat: what a backward pass computes again rather than keeps: nothing, attention's softmax, or whole
-        layers.
+      remat: what a backward pass computes again rather than keeps: nothing ("none"; keeps every intermediate, which
+        is slow on CPUs), all but the products and attention ("products"), or whole layers ("full").
       taps: watches the products of all layers.
 
     Returns:
       float32 `[B, T, D]`.
     """
-    angles = jnp.arange(tokens.shape[1], dtype=jnp.float32)[None, :, None] * rope_frequencies(config)
-    pass_ = Pass(compute_dtype, angles, remat)
+    positions = jnp.arange(tokens.shape[1])[None]
+    pass_ = Pass(compute_dtype, rotation(config, positions), remat)
     return _module(config, params)(tokens, lora, dropout_key, pass_, taps=taps)[0]
 
 
@@ -347,8 +345,10 @@ def prefill(
       float32 `[B, T, D]` and `(keys, values)`, each `[L, B, cache_length, kv_heads, head_dim]`. Slots of
       padding hold keys that no query sees: `decode` overwrites a slot before it is attended to.
     """
-    angles = jnp.arange(tokens.shape[1], dtype=jnp.float32)[None, :, None] * rope_frequencies(config)
-    hidden, kv = _module(config, params)(tokens, lora, None, Pass(compute_dtype, angles), keep_kv=True)
+    positions = jnp.arange(tokens.shape[1])[None]
+    hidden, kv = _module(config, params)(
+        tokens, lora, None, Pass(compute_dtype, rotation(config, positions)), keep_kv=True
+    )
     room = [(0, 0), (0, 0), (0, cache_length - tokens.shape[1]), (0, 0), (0, 0)]
     assert kv is not None
     return hidden, (jnp.pad(kv[0], room), jnp.pad(kv[1], room))
@@ -374,9 +374,13 @@ def decode(
     Returns:
       float32 hidden states `[B, D]` and the cache with the new keys and values written.
     """
-    angles = position.astype(jnp.float32)[:, None, None] * rope_frequencies(config)
     hidden, new_kv = _module(config, params)(
-        token[:, None], lora, None, Pass(compute_dtype, angles), (*cache, position), keep_kv=True
+        token[:, None],
+        lora,
+        None,
+        Pass(compute_dtype, rotation(config, position[:, None])),
+        (*cache, position),
+        keep_kv=True,
     )
     assert new_kv is not None
     rows = jnp.arange(token.shape[0])

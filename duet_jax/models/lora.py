@@ -12,6 +12,7 @@ import numpy as np
 from jax import Array
 
 from duet_jax.models.linear import matmul, untapped
+from duet_jax.models.packed import keep
 
 if TYPE_CHECKING:
     from duet_jax.models.llama import LlamaConfig
@@ -113,7 +114,7 @@ def adapt(
         kept = 1.0 - adapter["dropout"]
         mask = jax.random.bernoulli(key, kept, x.shape)
         x = jnp.where(mask, x / kept.astype(x.dtype), jnp.zeros((), x.dtype))
-    narrow = tap("a", x, matmul(x, adapter["a"], compute_dtype)) * adapter["scale"].astype(compute_dtype)
+    narrow = tap("a", x, keep(matmul(x, adapter["a"], compute_dtype))) * adapter["scale"].astype(compute_dtype)
     return tap("b", narrow, matmul(narrow, adapter["b"], compute_dtype))
 
 

@@ -101,7 +101,7 @@ class Trainer:
     buckets: tuple[int, ...]
     pad_id: int
     compute_dtype: Any = jnp.float32
-    remat: llama.Remat = "full"
+    remat: llama.Remat = "products"
 
     @cached_property
     def _lora_config(self) -> adapters.LoraConfig:
@@ -220,6 +220,7 @@ class Trainer:
     ) -> tuple[Array, Any]:
         rows = tokens.shape[0]
         size = self.settings.micro_batch_size or rows
+        base = None if base is None else llama.frozen(base, self.compute_dtype)
         differentiate = jax.value_and_grad(self.loss)
         if size == rows:
             return differentiate(trainable, base, tokens, weights, key)

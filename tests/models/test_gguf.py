@@ -123,7 +123,7 @@ def test_halves_turn_as_pairs_did():
     turned = np.stack([split[:, :, 0] * cos - split[:, :, 1] * sin, split[:, :, 1] * cos + split[:, :, 0] * sin], 2)
     expected = gguf_file._halves(turned.reshape(pairs.shape), heads)
     halves = gguf_file._halves(pairs, heads).reshape(heads, 8, length).transpose(2, 0, 1)
-    found = llama.rotate(jnp.asarray(halves)[None], jnp.asarray(angles)[None])[0]
+    found = llama.rotate(jnp.asarray(halves)[None], (jnp.cos(angles)[None, :, None], jnp.sin(angles)[None, :, None]))[0]
     np.testing.assert_allclose(np.asarray(found).transpose(1, 2, 0).reshape(pairs.shape), expected, atol=1e-5)
     np.testing.assert_array_equal(gguf_file._halves(to_pairs(pairs, heads), heads), pairs)
 
