@@ -63,6 +63,7 @@ def passes(kind: str, dtype: str, remat: str, k: int, layers: int):
             def observe(name, layer, x, y):
                 return tap(Touch(), name, accumulator, Context(0), x, y) if name == "q" else y
 
+            params = llama.frozen(params, jnp.dtype(dtype))
             hidden = llama.hidden_states(
                 model, params, tokens, lora=lora, compute_dtype=jnp.dtype(dtype), remat=remat, taps=Taps(observe)
             )

@@ -151,13 +151,15 @@ def projection(request: dict, seed: int = 0) -> CountSketch | KroneckerSketch:
 def speed(request: dict) -> dict:
     """Sketches of all training examples, from token ids to a finished store."""
     model, lora, gradients = prepared(request)
+    params = llama.frozen(model.params, gradients.compute_dtype)
+    del model
     encoded, size = read(request, "train"), request["batch"]
     compute = gradients.sketch(projection(request))
     plan = plan_batches(encoded.lengths, request["buckets"], size)
 
     def rows_of(bucket: int, index: np.ndarray) -> np.ndarray:
         batch = gather_batch(encoded, index, bucket, size, 0)
-        found = compute(model.params, lora, batch.tokens, batch.loss_mask.astype(np.float32))
+        found = compute(params, lora, batch.tokens, batch.loss_mask.astype(np.float32))
         return np.asarray(found.values)[: len(index)]
 
     with Meter() as setup:

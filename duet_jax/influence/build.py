@@ -23,7 +23,7 @@ from duet_jax.influence.projections import CountSketch, KroneckerSketch, Rademac
 from duet_jax.influence.quantise import RowFormat
 from duet_jax.influence.store import Store
 from duet_jax.models import fingerprint
-from duet_jax.models.llama import Params
+from duet_jax.models.llama import Params, frozen
 from duet_jax.models.lora import Lora
 
 # Pairs whose exact inner products are compared with sketched ones, and bytes that the targets' gradients may take.
@@ -106,8 +106,9 @@ class Point:
             found[place[chosen]] = here
             on_batch(len(chosen))
 
+        params = frozen(self.params, self.gradients.compute_dtype)
         for chosen, tokens, weights in batching.batches(data, rows):
-            values = program(self.params, self.lora, tokens, weights, moments=self.moments, targets=targets).values
+            values = program(params, self.lora, tokens, weights, moments=self.moments, targets=targets).values
             if waiting is not None:
                 take(*waiting)
             waiting = chosen, values

@@ -22,7 +22,7 @@ from jax import Array
 from duet_jax.models.attention import cached_attention, causal_attention
 from duet_jax.models.linear import Taps, matmul, untapped
 from duet_jax.models.lora import Lora, adapt
-from duet_jax.models.packed import KEEP, keep, pack
+from duet_jax.models.packed import KEEP, keep, pack, unpack
 
 Params = dict[str, Any]
 Remat = Literal["none", "products", "full"]
@@ -264,7 +264,8 @@ def _graph(config: LlamaConfig) -> nnx.GraphDef:
 
 def _module(config: LlamaConfig, params: Params) -> Llama:
     abstract = nnx.state(nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0))))
-    nnx.replace_by_pure_dict(abstract, params)
+    own = {name: leaf for name, leaf in params.items() if name != "head" or not config.tie_embeddings}
+    nnx.replace_by_pure_dict(abstract, own)
     return nnx.merge(_graph(config), abstract)
 
 
@@ -279,20 +280,27 @@ def shapes(config: LlamaConfig, dtype: Any = jnp.float32) -> Params:
 
 
 def frozen(params: Params, compute_dtype: Any) -> Params:
-    """The same parameters for passes that do not train them: kernels of layers rounded to `compute_dtype` once.
+    """The same parameters for passes that do not train them: kernels and output head rounded to `compute_dtype` once.
 
-    Every product rounds its kernel anyway, under rematerialisation three times a pass. In bfloat16 they are packed.
+    Every product rounds its kernel anyway, under rematerialisation three times a pass. In bfloat16 they are packed. A
+    head that is shared with the embedding gets an array of its own, so that the embedding stays as it is.
     """
+    if jnp.dtype(compute_dtype).itemsize >= 4:
+        return params
 
-    def rounded(path: tuple, leaf: Array) -> Array:
-        return pack(leaf.astype(compute_dtype)) if path[-1].key == "kernel" and leaf.dtype != jnp.uint16 else leaf
+    def rounded(leaf: Array) -> Array:
+        return leaf if leaf.dtype == jnp.uint16 else pack(leaf.astype(compute_dtype))
 
-    return {**params, "layers": jax.tree_util.tree_map_with_path(rounded, params["layers"])}
+    def of_layers(path: tuple, leaf: Array) -> Array:
+        return rounded(leaf) if path[-1].key == "kernel" else leaf
+
+    layers = jax.tree_util.tree_map_with_path(of_layers, params["layers"])
+    return {**params, "layers": layers, "head": rounded(params["head"] if "head" in params else params["embedding"])}
 
 
 def output_head(params: Params) -> Array:
     """Rows that score each token of the vocabulary, `[vocab, hidden]`: `logits = hidden @ head.T`."""
-    return params["embedding"] if "head" not in params else params["head"]
+    return unpack(params["head"] if "head" in params else params["embedding"])
 
 
 def hidden_states(

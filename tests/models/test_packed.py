@@ -52,6 +52,8 @@ def test_frozen_parameters_compute_the_same(dtype):
     assert frozen["layers"]["mlp_norm"].dtype == frozen["embedding"].dtype == jnp.float32
     again = llama.frozen(frozen, dtype)
     assert again["layers"]["q"]["kernel"].dtype == kernel.dtype
+    assert llama.output_head(again).dtype == dtype
+    np.testing.assert_array_equal(llama.output_head(again), params["embedding"].astype(dtype))
 
     def hidden(params, embedding):
         return llama.hidden_states(CONFIG, {**params, "embedding": embedding}, ids, compute_dtype=dtype)
