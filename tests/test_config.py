@@ -37,7 +37,7 @@ def test_defaults() -> None:
     assert config.data.buckets == (64, 128, 256)
     assert config.task.split == "test" and config.data.domains[0].split == "train"
     assert config.training.lora.targets == ("q", "k", "v", "o", "gate", "up", "down")
-    assert config.model.remat == "full" and config.selector.kind == "random"
+    assert config.model.remat == "products" and config.selector.kind == "random"
 
 
 @pytest.mark.parametrize(
