@@ -167,7 +167,9 @@ def compute(cells: Cells, at: tuple, seeds: int, peer_python: str | None) -> Non
     elif missing and peer_python:
         request = {"task": "study", "mode": PEERS[method], "seeds": missing, **row, **cells.settings}
         for answer in ask_botorch(peer_python, request):
-            cells.add({**row, **{key: answer[key] for key in ("seed", "regret", "failures", "versions")}})
+            known = answer["versions"].items() <= cells.versions.items()
+            kept = ("seed", "regret", "failures", *(() if known else ("versions",)))
+            cells.add({**row, **{key: answer[key] for key in kept}})
 
 
 def bootstrap(differences: np.ndarray, draws: int = 4000) -> tuple[float, float]:

@@ -70,9 +70,9 @@ def blocks(rows: int, cols: int, batch: int, multiple: int) -> Blocks:
 def product(x: Array, d: Array) -> Array:
     """Gradients float32 `[B, rows, cols]` of `x [B, T, rows]` and `d [B, T, cols]`, of one dtype."""
     over_tokens = (((1,), (1,)), ((0,), (0,)))
-    if d.shape[2] < x.shape[2]:
-        # The narrow factor first: the other way, to which XLA would turn this back, takes up to six times as long on
-        # CPUs.
+    if 8 * d.shape[2] <= x.shape[2]:
+        # The narrow factor first: XLA for CPUs is slow at the other way, to which it would turn this back. Of wide
+        # factors the turned gradient would be a second copy of something large.
         turned = jax.lax.dot_general(d, x, over_tokens, preferred_element_type=jnp.float32)
         return jax.lax.optimization_barrier(turned).swapaxes(1, 2)
     return jax.lax.dot_general(x, d, over_tokens, preferred_element_type=jnp.float32)
