@@ -34,8 +34,8 @@ Training = TypeVar("Training")
 class SettingConfig:
     """A field of which every trial has its own value: a number from a range, one of some values, or some members.
 
-    Learning rate, schedule, warm-up and epochs are arguments of one compiled program. Of every other field each value
-    that is tried is a program of its own: a few values are kinder than a range.
+    Of batch size, rank and targets each value that is tried is a compiled program of its own, a few values are kinder
+    than a range; and so is dropout of 0 beside all other. The rest are arguments of one program.
 
     Attributes:
       field: dotted path.

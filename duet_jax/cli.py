@@ -104,9 +104,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(options: argparse.Namespace) -> None:
-    if not options.config.is_file():
-        raise ConfigError(f"There is no file {options.config}; {_packaged(options.config.name)}")
-    config = configs.load(options.config, options.overrides)
+    config = configs.load(_found(options.config), options.overrides)
     folder = options.study or Path("studies") / config.name
 
     from duet_jax import duet
@@ -115,9 +113,7 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _select(options: argparse.Namespace) -> None:
-    if not options.config.is_file():
-        raise ConfigError(f"There is no file {options.config}; {_packaged(options.config.name)}")
-    config = configs.load_selection(options.config, options.overrides)
+    config = configs.load_selection(_found(options.config), options.overrides)
 
     from duet_jax.select import select
 
@@ -168,14 +164,15 @@ def _report(options: argparse.Namespace) -> None:
     print(write_report(options.folder, options.output))
 
 
-def _packaged(name: str) -> str:
-    """Says which configurations the package brings, the one that was probably meant first."""
+def _found(path: Path) -> Path:
+    """The path of a file that is there; else says which configurations the package brings, the likeliest first."""
+    if path.is_file():
+        return path
     folder = importlib.resources.files("duet_jax.configs")
     found = sorted(entry.name for entry in folder.iterdir() if entry.name.endswith(".yaml"))
-    if not found:
-        return "give a YAML file."
-    meant = nearest(name, found)
-    return f"did you mean {folder / meant}?" if meant else f"{folder} holds {', '.join(found)}."
+    meant = nearest(path.name, found)
+    advice = f"did you mean {folder / meant}?" if meant else f"{folder} holds {', '.join(found)}."
+    raise ConfigError(f"There is no file {path}; {advice if found else 'give a YAML file.'}")
 
 
 def _is_negative(word: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import time
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
@@ -14,9 +15,15 @@ from duet_jax.training.sft import StepReport
 from duet_jax.trial import Trial, words
 from duet_jax.types import Feedback
 
+# Seconds between lines about work that takes long, where there is no terminal.
+PAUSE = 30.0
+
 
 class Display:
-    """Progress on a terminal; without one only the finished rounds are printed, and nothing when quiet."""
+    """Progress on a terminal; without one a line a finished round, and one every half minute of other work.
+
+    Nothing is printed when quiet.
+    """
 
     def __init__(self, rounds: int, *, quiet: bool = False):
         self.console = Console(quiet=quiet, highlight=False, soft_wrap=True)
@@ -33,6 +40,7 @@ class Display:
             disable=quiet or not self.console.is_terminal,
         )
         self._task: TaskID | None = None
+        self._printed = time.monotonic()
 
     def __enter__(self) -> Display:
         self._progress.start()
@@ -68,6 +76,11 @@ class Display:
 
     def work(self, name: str, done: int, of: int) -> None:
         """Shows how far something other than a round has come, such as a selector's scores."""
+        if not self.console.is_terminal:
+            if time.monotonic() - self._printed >= PAUSE:
+                self._printed = time.monotonic()
+                self.say(f"{name}: {done} of {of}")
+            return
         if self._task is not None and self._progress.tasks[0].description != name:
             self._progress.remove_task(self._task)
             self._task = None

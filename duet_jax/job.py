@@ -20,7 +20,7 @@ from duet_jax.recall import make_search
 from duet_jax.search import Search
 from duet_jax.search.constraints import round_counts
 from duet_jax.selection import choose, plan, pool_size
-from duet_jax.training.sft import Trainer
+from duet_jax.training.sft import Trainer, program_of
 
 # Trainers whose compiled programs are kept.
 MOST_TRAINERS = 8
@@ -71,10 +71,10 @@ class Job:
         Trials whose settings make the same compiled programs share them; those of the last few are kept.
         """
         training = configured(self.config.training, settings)
-        program = _program(training)
+        program = program_of(training)
         known = self._trainers.pop(program, None)
         made = dataclasses.replace(self.trainer, settings=training) if known is None else known
-        found = made.rescheduled(training)
+        found = made.retuned(training)
         self._trainers[program] = found
         while len(self._trainers) > MOST_TRAINERS:
             del self._trainers[next(iter(self._trainers))]
@@ -165,13 +165,6 @@ def domain_sizes(config: StudyConfig) -> dict[str, int]:
 def _sizes(config: StudyConfig, domains: Sequence[Domain]) -> dict[str, int]:
     rule, fraction = config.selector.rule, config.selector.fraction
     return {domain.name: pool_size(len(domain.train), rule=rule, fraction=fraction) for domain in domains}
-
-
-def _program(training: TrainingConfig) -> TrainingConfig:
-    """What of a training is compiled: equal for trainings that differ in nothing but the rest."""
-    return dataclasses.replace(
-        training, learning_rate=1.0, epochs=1, schedule="constant", warmup_fraction=0.0, checkpoint_every=1
-    )
 
 
 def _check_layers(config: StudyConfig, model: models.Model) -> None:

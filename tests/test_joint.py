@@ -288,7 +288,7 @@ def test_trainers_share_what_they_compile(tmp_path: Path) -> None:
     base = job.trainer_for({})
     program = base.step
     same = {"training.learning_rate": 0.5, "training.epochs": 3, "training.schedule": "linear"}
-    other = job.trainer_for({**same, "training.warmup_fraction": 0.5})
+    other = job.trainer_for({**same, "training.warmup_fraction": 0.5, "training.weight_decay": 0.2})
     assert other.step is program and other.settings.learning_rate == 0.5 and other.settings.epochs == 3
     assert base.settings.epochs == 1, "the first is as it was"
     assert job.trainer_for({"training.lora.rank": 4}).step is not program

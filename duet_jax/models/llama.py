@@ -248,7 +248,7 @@ class Llama(nnx.Module):
             layer = jax.checkpoint(layer, policy=KEEP if pass_.remat == "products" else None)
         adapters = {} if lora is None else lora.adapters()
         keys = None
-        if lora is not None and lora.dropout > 0 and dropout_key is not None:
+        if lora is not None and dropout_key is not None:
             keys = jax.random.split(dropout_key, self.config.num_layers)
         kv = None if cache is None else cache[:2]
         x = self.embedding[...][tokens].astype(jnp.float32)

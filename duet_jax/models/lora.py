@@ -43,12 +43,12 @@ class Lora:
       factors: `{target: {"a": [L, in, rank], "b": [L, rank, out]}}`, the trainable part.
       scale: float32 `[L]`, `alpha / rank`, and 0 in layers without adapters, whose factors then get no
         gradient.
-      dropout: probability that an input of an adapter is dropped in training.
+      dropout: probability that an input of an adapter is dropped where a key is given.
     """
 
     factors: dict[str, dict[str, Array]]
     scale: Array | np.ndarray
-    dropout: float = dataclasses.field(default=0.0, metadata={"static": True})
+    dropout: Array | float = 0.0
 
     def adapters(self) -> dict[str, dict[str, Any]]:
         """One tree per target with a leading layer axis, ready to be scanned over."""

@@ -13,7 +13,8 @@ import numpy as np
 from jax import Array
 
 from duet_jax.search.constraints import Constraints, bounds, extreme, project
-from duet_jax.search.observations import Comparisons, Observations
+from duet_jax.search.observations import BestOf, Comparisons, Observations
+from duet_jax.search.replicates import moments
 from duet_jax.search.search import Search, _fitted, _host
 from duet_jax.search.simplex import hellinger
 from duet_jax.search.surrogate import Posterior, Surrogate
@@ -66,6 +67,23 @@ class LeftOut(NamedTuple):
     log_density: np.ndarray
 
 
+class Shortfall(NamedTuple):
+    """By how much the best of k scores falls short of the best a mixture can give (DUET, section 3.2).
+
+    Moments of the least of k exponential errors, truncated at the cutoff: exact given the rate.
+
+    Attributes:
+      rate: of the errors, from all scores of all trials, in 1 / units of the score.
+      number: int `[m]`, k from 1 to the most scores that a trial has.
+      mean, deviation: `[m]`, of the shortfall, in units of the score.
+    """
+
+    rate: float
+    number: np.ndarray
+    mean: np.ndarray
+    deviation: np.ndarray
+
+
 class Report(NamedTuple):
     """What `diagnose` finds; all arrays are float64.
 
@@ -77,6 +95,7 @@ class Report(NamedTuple):
       left_out: how well each observation is predicted by the others.
       noise: learned standard deviation of a trial's noise, besides known errors, in units of the feedback.
       amplitude: prior standard deviation of the value, in the same units, for comparison.
+      shortfall: of the best of several scores; None for other kinds of feedback.
     """
 
     lengthscales: np.ndarray
@@ -85,6 +104,7 @@ class Report(NamedTuple):
     left_out: LeftOut
     noise: float
     amplitude: float
+    shortfall: Shortfall | None
 
 
 def diagnose(search: Search, state: Observations) -> Report:
@@ -112,6 +132,7 @@ def diagnose(search: Search, state: Observations) -> Report:
         found = _measure(surrogate, constraints, posterior, settings, jnp.asarray(shares))
         inverse = np.asarray(surrogate.inverse_lengthscales(posterior.hyperparameters))[:size]
         (mean, stderr, within), left_out = jax.device_get(found)
+        shortfall = _shortfall(search.feedback, state) if isinstance(search.feedback, BestOf) else None
     centre, spread = float(posterior.centre), float(posterior.spread)
     values, predicted, deviation = (x[mask] for x in left_out)
     return Report(
@@ -121,7 +142,15 @@ def diagnose(search: Search, state: Observations) -> Report:
         left_out=_calibration(centre + spread * values, centre + spread * predicted, spread * deviation),
         noise=spread * math.exp(0.5 * float(posterior.hyperparameters.noise)),
         amplitude=spread * math.exp(0.5 * float(posterior.hyperparameters.signal)),
+        shortfall=shortfall,
     )
+
+
+def _shortfall(kind: BestOf, state: Observations) -> Shortfall:
+    rate = kind.rate(state)
+    number = np.arange(1, 1 + int(jnp.max(state.feedback.number)))
+    mean, variance = moments(jnp.asarray(number), rate, jnp.asarray(kind.cutoff))
+    return Shortfall(float(rate), number, np.array(mean), np.sqrt(variance))
 
 
 def leave_one_out(surrogate: Surrogate, posterior: Posterior) -> tuple[Array, Array, Array]:

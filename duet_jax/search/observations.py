@@ -129,11 +129,14 @@ class BestOf:
         del size
         return replicates.Replicates(*np.zeros(4))
 
-    def problem(self, surrogate: Surrogate, seen: Observations, task: int) -> Problem:
+    def rate(self, seen: Observations) -> Array:
+        """Rate of the errors of all scores so far, in 1 / units of the score."""
         _, _, spread = standardise(seen.feedback.best, seen.mask)
         # Before any trial has two scores, errors are guessed at a quarter of the differences between mixtures.
-        rate = replicates.fit_rate(seen.feedback, self.cutoff, 4.0 / spread)
-        best, variances = replicates.debias(seen.feedback, rate, self.cutoff)
+        return replicates.fit_rate(seen.feedback, self.cutoff, 4.0 / spread)
+
+    def problem(self, surrogate: Surrogate, seen: Observations, task: int) -> Problem:
+        best, variances = replicates.debias(seen.feedback, self.rate(seen), self.cutoff)
         values, centre, spread = standardise(best, seen.mask)
         return Problem(_inputs(surrogate, seen), values, variances / spread**2, centre, spread)
 
@@ -249,8 +252,9 @@ class Comparisons:
     def problem(self, surrogate: Surrogate, seen: Observations, task: int) -> Problem:
         against = surrogate.inputs(_points(seen.feedback.reference, seen.settings), seen.mask)
         inputs = _inputs(surrogate, seen)._replace(against=against)
-        zero = jnp.zeros_like(seen.mixtures[:, 0])
-        return Problem(inputs, zero, zero, zero[0], zero[0] + 1.0, seen.feedback.counts)
+        counts = seen.feedback.counts
+        lead = (counts[:, 0] - counts[:, 1]) / jnp.maximum(jnp.sum(counts, axis=1), 1.0)
+        return Problem(inputs, lead, jnp.zeros_like(lead), jnp.zeros_like(lead[0]), jnp.ones_like(lead[0]), counts)
 
 
 def _points(mixtures: Array, settings: Array) -> Array:

@@ -73,7 +73,7 @@ class Program:
       acquisition: "ucb" (Srinivas et al. 2010), "log_ei" (Ament et al. 2023) or "thompson".
       beta: standard deviations that the upper confidence bound adds to the mean.
       schedule: how beta changes with the number of observations, see `acquisition.beta_at`.
-      initial: size of the space-filling design.
+      initial: size of the space-filling design, which goes on for as long as all feedback is the same.
       constraints: which mixtures may be proposed.
       prior: a mixture towards which proposals are pulled, or ().
       penalty: standardised value that a proposal gives up per nat of divergence from `prior`.
@@ -149,9 +149,11 @@ class Program:
 
     def fit(self, state: Observations) -> list[tuple[Hyperparameters, Problem]]:
         """Hyperparameters of each task's surrogate, and its observations."""
-        surrogate, kind = self.surrogate, self.feedback
-        problems = [kind.problem(surrogate, state, task) for task in range(len(kind.weights))]
-        return [surrogate.fit(problem, kind.likelihood) for problem in problems]
+        return [self.surrogate.fit(problem, self.feedback.likelihood) for problem in self._problems(state)]
+
+    def _problems(self, state: Observations) -> list[Problem]:
+        kind = self.feedback
+        return [kind.problem(self.surrogate, state, task) for task in range(len(kind.weights))]
 
     def condition(
         self, fits: list[tuple[Hyperparameters, Problem]], pending: Array, pending_mask: Array
@@ -297,8 +299,10 @@ class Program:
         highest = jnp.where(jnp.any(state.mask), highest, 0.0)
         score = self._score(posteriors, observed, highest, beta, key_sample)
         found = maximise(score, centres, draws, self.constraints, space, key=key_maximise)
-        first = jnp.sum(taken) < initial
-        point = jnp.where(first, self._design(targets, taken, draws, key_maximise), found.point)
+        planned = jnp.sum(taken) < initial
+        # While no two trials have been told apart there is nothing to model, and the design goes on.
+        first = planned | jnp.all(jnp.stack([jnp.all(problem.values == 0) for problem in self._problems(state)]))
+        point = jnp.where(first, self._design(targets, taken, draws, planned, key_maximise), found.point)
         mean, deviation = (x[0] for x in self.moments(posteriors, point[None]))
         single = len(posteriors) == 1
         centre, spread = (posteriors[0].centre, posteriors[0].spread) if single else (0.0, 1.0)
@@ -365,8 +369,12 @@ class Program:
 
         return score
 
-    def _design(self, points: Array, taken: Array, draws: Array, key: Array) -> Array:
-        """The uniform mixture and middle settings first, then what is farthest from all there is."""
+    def _design(self, points: Array, taken: Array, draws: Array, planned: Array, key: Array) -> Array:
+        """The uniform mixture and middle settings first, then what is farthest from all there is.
+
+        Beyond what was planned, where all feedback is the same, only uniform draws: almost every random face is
+        farther away, and a search that hears nothing would try one after another.
+        """
         size, space = self.num_domains, self.space
         candidates = jnp.concatenate([jnp.full((1, size), 1 / size, draws.dtype), draws])
         candidates = project(candidates, *bounds(self.constraints, size), self.constraints.groups)
@@ -378,4 +386,5 @@ class Program:
             candidates = jnp.concatenate([candidates, settings], axis=1)
         apart = jnp.sum(candidates**2, axis=1)[:, None] + jnp.sum(points**2, axis=1) - 2.0 * candidates @ points.T
         nearest = jnp.min(jnp.where(taken[None], apart, jnp.inf), axis=1)
+        nearest = jnp.where(planned | (jnp.arange(len(candidates)) <= len(draws) // 2), nearest, -jnp.inf)
         return candidates[jnp.argmax(jnp.where(jnp.any(taken), nearest, 0.0))]

@@ -173,21 +173,30 @@ class Search(Program):
     def recommend(self, state: Observations) -> Best:
         """The allowed mixture (and settings) of highest posterior mean, tried or not, without domains it hardly needs.
 
+        Where all feedback is the same, the centre of what is allowed.
+
         Raises:
           ValueError: nothing has been observed.
         """
         self._count(state)
-        greedy = dataclasses.replace(self, acquisition="ucb")
-        waiting = self._pending(None, None)
+        best = self._greedy(state, 0)
+        if best.initial:
+            # No two trials were told apart. An empty design begins with the centre of what is allowed.
+            best = self._greedy(jax.tree.map(jnp.zeros_like, state), 1)
         with _host():
-            rule = (jnp.asarray(0.0), jnp.asarray(0))
-            _, proposals = _step(greedy, 1, state, self._nothing(), *waiting, jax.random.key(0), rule)
-            best = jax.tree.map(itemgetter(0), proposals)
             point = jnp.concatenate([best.mixture, best.settings])
-            found = np.array(_sparser(self, _fitted(self, state), point))
+            found = np.array(point if best.initial else _sparser(self, _fitted(self, state), point))
         mixture = simplex.renormalise(found[: self.num_domains])
         mean, stderr = self._predict(state, np.concatenate([mixture, found[self.num_domains :]])[None])
         return Best(mixture, float(mean[0]), float(stderr[0]), self._settings(found[self.num_domains :]))
+
+    def _greedy(self, state: Observations, initial: int) -> Proposal:
+        """What is proposed by the posterior mean alone, after a design of `initial` trials."""
+        greedy, waiting = dataclasses.replace(self, acquisition="ucb"), self._pending(None, None)
+        with _host():
+            rule = (jnp.asarray(0.0), jnp.asarray(initial))
+            _, proposals = _step(greedy, 1, state, self._nothing(), *waiting, jax.random.key(0), rule)
+            return jax.tree.map(itemgetter(0), proposals)
 
     def predict(
         self, state: Observations, mixtures: object, settings: Settings = None

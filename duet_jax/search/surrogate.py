@@ -28,7 +28,8 @@ EVALUATIONS = 25
 STARTS = ((0.0, 0.0), (-1.0, -2.0))
 # Rows that all starts are fitted to where there are more; from the best of them a few evaluations with all rows follow.
 FEW, FINE = 64, 10
-# How much less noise is expected, as the logarithm of its variance, where a standard error is told with every value.
+# How much less noise is expected, as the logarithm of its variance, where a standard error is told with every value, or
+# where the feedback's likelihood has its own noise.
 KNOWN = 4.0
 
 
@@ -226,7 +227,8 @@ class Surrogate:
         """Maximum a posteriori hyperparameters; the problem with what the likelihood's normal approximation sees."""
         count = jnp.sum(problem.inputs.mask)
         known = jnp.all((problem.inputs.mask == 0) | (problem.variances > 0)).astype(float)
-        mean, scale = self.prior(likelihood, known)
+        # A likelihood has noise of its own.
+        mean, scale = self.prior(likelihood, known if likelihood is None else 1.0)
         dtype = problem.values.dtype
         mean_vector, unravel = ravel_pytree(jax.tree.map(lambda x: x.astype(dtype), mean))
         scale_vector, _ = ravel_pytree(jax.tree.map(lambda x: x.astype(dtype), scale))

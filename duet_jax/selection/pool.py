@@ -73,7 +73,7 @@ class Pool:
 
     def warm_up_trainer(self, epochs: int) -> Trainer:
         """Training as in the rounds, with that many epochs."""
-        return self.trainer.rescheduled(dataclasses.replace(self.trainer.settings, epochs=epochs))
+        return self.trainer.retuned(dataclasses.replace(self.trainer.settings, epochs=epochs))
 
     def sample(self, count: int, most: int, number: int) -> np.ndarray:
         """Rows int64 `[<= most]` of `count` for a warm-up, in order."""

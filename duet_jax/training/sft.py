@@ -1,7 +1,7 @@
 """Supervised fine-tuning on responses: LoRA factors or all parameters, one compiled step per length bucket.
 
 The step is compiled once for the life of a `Trainer`. What differs between rounds (the data, the number of steps,
-the learning rates, the start) comes in as arguments.
+the learning rates, the start, and every setting that is but a number) comes in as arguments.
 """
 
 from __future__ import annotations
@@ -37,6 +37,21 @@ class TrainState(NamedTuple):
 
     trainable: Any
     optimiser: optax.OptState
+
+
+class Dials(NamedTuple):
+    """Settings that a step takes as numbers: none of their values is a program of its own.
+
+    Attributes:
+      clip_norm, weight_decay: scalars.
+      scale: float32 `[layers]`, of the adapters' products, 0 in layers without adapters; None if all is trained.
+      dropout: probability that an input of an adapter is dropped.
+    """
+
+    clip_norm: Any
+    weight_decay: Any
+    scale: Any
+    dropout: Any
 
 
 class Metrics(NamedTuple):
@@ -103,30 +118,28 @@ class Trainer:
     compute_dtype: Any = jnp.float32
     remat: llama.Remat = "products"
 
-    @cached_property
+    @property
     def _lora_config(self) -> adapters.LoraConfig:
         chosen = self.settings.lora
         return adapters.LoraConfig(chosen.rank, chosen.alpha, chosen.dropout, tuple(chosen.targets), chosen.layers)
 
-    @cached_property
+    @property
     def _adapter(self) -> adapters.Lora | None:
         """The adapters without their factors; None when all parameters are trained."""
         if self.settings.method == "full":
             return None
         return adapters.without_factors(self.model, self._lora_config)
 
-    @cached_property
-    def _optimiser(self) -> optax.GradientTransformation:
-        settings = self.settings
-        return optax.chain(
-            optax.clip_by_global_norm(settings.clip_norm),
-            optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8),
-            optax.add_decayed_weights(settings.weight_decay, mask=_decays),
-        )
+    @property
+    def dials(self) -> Dials:
+        """What `step` takes of the settings."""
+        settings, adapter = self.settings, self._adapter
+        scale, dropout = (None, 0.0) if adapter is None else (adapter.scale, adapter.dropout)
+        return Dials(settings.clip_norm, settings.weight_decay, scale, dropout)
 
-    def rescheduled(self, settings: TrainingConfig) -> Trainer:
-        """The same compiled programs under settings that differ in epochs, rates, schedule or checkpoints alone."""
-        for program in ("_optimiser", "_new_factors", "_new_moments", "step"):
+    def retuned(self, settings: TrainingConfig) -> Trainer:
+        """The same compiled programs under other settings, whose `program_of` must be the same."""
+        for program in ("_new_factors", "_new_moments", "step"):
             getattr(self, program)
         other = copy.copy(self)
         object.__setattr__(other, "settings", settings)
@@ -146,7 +159,7 @@ class Trainer:
 
     @cached_property
     def _new_moments(self) -> Callable[[Any], optax.OptState]:
-        return jax.jit(self._optimiser.init)
+        return jax.jit(_optimiser(1.0, 0.0).init)
 
     def deployable(self, trainable: Any) -> tuple[llama.Params, adapters.Lora | None]:
         """Parameters and adapters (or None) of the trained model, ready for `llama.hidden_states`."""
@@ -154,27 +167,28 @@ class Trainer:
             return trainable, None
         return self.load_base(), dataclasses.replace(self._adapter, factors=trainable)
 
-    def loss(self, trainable: Any, base: llama.Params | None, tokens: Array, weights: Array, key: Array) -> Array:
+    def loss(
+        self, trainable: Any, base: llama.Params | None, dials: Dials, tokens: Array, weights: Array, key: Array
+    ) -> Array:
         """Weighted sum of the tokens' losses, float32 scalar.
 
         Args:
           trainable: LoRA factors or all parameters.
           base: frozen parameters under LoRA, else None.
+          dials: scale and dropout of the adapters.
           tokens: int32 `[B, T]`.
           weights: float32 `[B, T]`: what the prediction of each token counts, 0 at `t = 0`.
           key: key of LoRA dropout.
         """
-        lora = None
-        params = trainable
-        if self._adapter is not None:
-            assert base is not None
-            params, lora = base, dataclasses.replace(self._adapter, factors=trainable)
+        params, lora = trainable, None
+        if base is not None:
+            params, lora = base, adapters.Lora(trainable, dials.scale, dials.dropout)
         hidden = llama.hidden_states(
             self.model,
             params,
             tokens,
             lora=lora,
-            dropout_key=key,
+            dropout_key=key if self.settings.lora.dropout > 0 else None,
             compute_dtype=self.compute_dtype,
             remat=self.remat,
         )
@@ -189,7 +203,7 @@ class Trainer:
 
     @cached_property
     def step(self) -> Callable[..., tuple[TrainState, Metrics]]:
-        """One compiled optimiser step: `(state, base, tokens, mask, rate, key, number) -> (state, metrics)`.
+        """One compiled optimiser step: `(state, base, dials, tokens, mask, rate, key, number) -> (state, metrics)`.
 
         `state` is donated. Gradients of `micro_batch_size` rows at a time are added up; each response token of
         the whole batch counts the same.
@@ -199,6 +213,7 @@ class Trainer:
         def step(
             state: TrainState,
             base: llama.Params | None,
+            dials: Dials,
             tokens: Array,
             mask: Array,
             rate: Array,
@@ -207,26 +222,28 @@ class Trainer:
         ) -> tuple[TrainState, Metrics]:
             response_tokens = jnp.sum(mask)
             weights = mask / jnp.maximum(response_tokens, 1).astype(jnp.float32)
-            loss, gradient = self._gradient(state.trainable, base, tokens, weights, jax.random.fold_in(key, number))
+            key = jax.random.fold_in(key, number)
+            loss, gradient = self._gradient(state.trainable, base, dials, tokens, weights, key)
             norm = optax.tree.norm(gradient)
-            update, optimiser = self._optimiser.update(gradient, state.optimiser, state.trainable)
+            rule = _optimiser(dials.clip_norm, dials.weight_decay)
+            update, optimiser = rule.update(gradient, state.optimiser, state.trainable)
             trainable = jax.tree.map(lambda p, u: p - rate * u, state.trainable, update)
             return TrainState(trainable, optimiser), Metrics(loss, norm, response_tokens)
 
         return step
 
     def _gradient(
-        self, trainable: Any, base: llama.Params | None, tokens: Array, weights: Array, key: Array
+        self, trainable: Any, base: llama.Params | None, dials: Dials, tokens: Array, weights: Array, key: Array
     ) -> tuple[Array, Any]:
         rows = tokens.shape[0]
         size = self.settings.micro_batch_size or rows
         base = None if base is None else llama.frozen(base, self.compute_dtype)
         differentiate = jax.value_and_grad(self.loss)
         if size == rows:
-            return differentiate(trainable, base, tokens, weights, key)
+            return differentiate(trainable, base, dials, tokens, weights, key)
 
         def add(total: tuple[Array, Any], part: tuple) -> tuple[tuple[Array, Any], None]:
-            value = differentiate(trainable, base, *part)
+            value = differentiate(trainable, base, dials, *part)
             return jax.tree.map(jnp.add, total, value), None
 
         parts = (
@@ -310,7 +327,7 @@ class Trainer:
         epoch = steps // self.settings.epochs
         totals = {"loss": 0.0, "response_tokens": 0.0, "tokens": 0.0} | progress
         rates = learning_rates(self.settings, steps)
-        key, base = jax.random.key(seed), None if self._adapter is None else self.load_base()
+        key, base, dials = jax.random.key(seed), None if self._adapter is None else self.load_base(), self.dials
         last: tuple[int, Metrics, int] | None = None
 
         def finish(number: int, metrics: Metrics, tokens: int) -> None:
@@ -324,7 +341,9 @@ class Trainer:
         for number in range(done, steps):
             length, rows = batches[number]
             batch: Batch = gather_batch(data, rows, length, self.settings.batch_size, self.pad_id)
-            state, metrics = self.step(state, base, batch.tokens, batch.loss_mask, rates[number], key, np.int32(number))
+            state, metrics = self.step(
+                state, base, dials, batch.tokens, batch.loss_mask, rates[number], key, np.int32(number)
+            )
             if last is not None:
                 finish(*last)
             last = number, metrics, sum(len(data.tokens[row]) for row in rows)
@@ -338,6 +357,30 @@ class Trainer:
                     checkpoints.save(number + 1, state, totals)
         mean_loss = totals["loss"] / max(totals["response_tokens"], 1.0)
         return Trained(state.trainable, steps, int(totals["tokens"]), mean_loss, time.perf_counter() - began)
+
+
+def program_of(settings: TrainingConfig) -> TrainingConfig:
+    """What of the settings is compiled: equal for trainings that share their programs, see `Trainer.retuned`."""
+    lora = dataclasses.replace(settings.lora, alpha=1.0, layers=None, dropout=0.5 * (settings.lora.dropout > 0))
+    return dataclasses.replace(
+        settings,
+        learning_rate=1.0,
+        epochs=1,
+        schedule="constant",
+        warmup_fraction=0.0,
+        weight_decay=0.0,
+        clip_norm=1.0,
+        checkpoint_every=1,
+        lora=lora,
+    )
+
+
+def _optimiser(clip_norm: Any, weight_decay: Any) -> optax.GradientTransformation:
+    return optax.chain(
+        optax.clip_by_global_norm(clip_norm),
+        optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8),
+        optax.add_decayed_weights(weight_decay, mask=_decays),
+    )
 
 
 def learning_rates(settings: TrainingConfig, steps: int) -> np.ndarray:

@@ -101,7 +101,9 @@ def stand_diagnose(_: object, state: list[tuple[np.ndarray, float]]) -> Report:
     effects = Effects(grid, grid, 0.1 + 0 * grid, 0.5 + np.arange(size) % 5 / 10)
     error = np.arange(len(values)) + 1.0
     left_out = LeftOut(values, values - error, error, 0 * error + 1, np.array([0.0, 1.0, 1.0]), 0 * error - 1.25)
-    return Report(np.ones(size), np.full(size, 1 / size), effects, left_out, noise=0.125, amplitude=0.75)
+    return Report(
+        np.ones(size), np.full(size, 1 / size), effects, left_out, noise=0.125, amplitude=0.75, shortfall=None
+    )
 
 
 @pytest.fixture

@@ -80,6 +80,37 @@ def test_the_best_of_more_models_is_not_a_better_mixture():
 
 
 @pytest.mark.parametrize(
+    ("kind", "feedback"),
+    [
+        (Scores(), 0.3),
+        (BestOf(), [0.3]),
+        (Stars(), [1, 1]),
+        (Rounded(0.25), 1.0),
+        (Comparisons(), (MIXTURES[0], 2, 2)),
+    ],
+)
+def test_where_all_feedback_is_the_same_space_is_filled_and_nothing_singled_out(kind, feedback):
+    search = Search(num_domains=D, capacity=32, feedback=kind)
+    state, key = search.init(), jax.random.key(0)
+    for number in range(8):
+        mixture, diagnostics = search.ask(state, key=jax.random.fold_in(key, number))
+        assert diagnostics.origin == "initial"
+        if number >= search.initial:
+            apart = np.linalg.norm(np.sqrt(state.mixtures)[:number] - np.sqrt(mixture), axis=1)
+            assert np.all(mixture > 0) and apart.min() > 0.2
+        state = search.tell(state, mixture, feedback)
+    np.testing.assert_allclose(search.recommend(state).mixture, np.full(D, 1 / D))
+
+
+def test_comparisons_that_were_all_won_are_not_all_the_same():
+    search = Search(num_domains=D, capacity=32, feedback=Comparisons())
+    state = search.init()
+    for mixture in MIXTURES[:3]:
+        state = search.tell(state, mixture, (np.full(D, 1 / D), 3, 0))
+    assert search.ask(state, key=jax.random.key(0))[1].origin == "ucb"
+
+
+@pytest.mark.parametrize(
     ("kind", "feedback", "sentence"),
     [
         (Scores(), "good", "a finite number"),

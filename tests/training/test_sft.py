@@ -12,7 +12,7 @@ from duet_jax.config import LoraSettings, TrainingConfig
 from duet_jax.data import Encoded, gather_batch
 from duet_jax.errors import ModelError
 from duet_jax.models import llama
-from duet_jax.training.sft import Trainer, learning_rates
+from duet_jax.training.sft import Trainer, learning_rates, program_of
 
 MODEL = llama.LlamaConfig(
     vocab_size=40, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8
@@ -94,7 +94,9 @@ def test_steps_equal_optax_adamw_on_the_dense_loss(method, data):
     for number, (length, rows) in enumerate(batches[:3]):
         batch = gather_batch(data, rows, length, 4, 0)
         base = subject.load_base() if method == "lora" else None
-        state, _ = subject.step(state, base, batch.tokens, batch.loss_mask, rates[number], key, np.int32(number))
+        state, _ = subject.step(
+            state, base, subject.dials, batch.tokens, batch.loss_mask, rates[number], key, np.int32(number)
+        )
     # Adam divides by the root of tiny second moments, which magnifies rounding.
     for x, y in zip(jax.tree.leaves(state.trainable), jax.tree.leaves(trainable), strict=True):
         np.testing.assert_allclose(x, y, atol=2e-4)
@@ -150,6 +152,22 @@ def test_each_bucket_compiles_once_for_all_rounds(data):
     for seed, count in ((2, 30), (3, 17), (4, 9)):
         subject.fit(data, np.arange(count), seed=seed, start_seed=0)
     assert subject.step._cache_size() == compiled
+
+
+def test_settings_that_are_numbers_are_no_programs_of_their_own(data):
+    subject = trainer(lora=LoraSettings(rank=2, alpha=4.0, dropout=0.2))
+    before = run(subject, data).trainable
+    compiled = subject.step._cache_size()
+    lora = LoraSettings(rank=2, alpha=9.0, dropout=0.1, layers=(1,))
+    other = dict(lora=lora, weight_decay=0.3, clip_norm=0.2, learning_rate=3e-3, schedule="linear")
+    assert program_of(settings(**other)) == program_of(subject.settings)
+    found = run(subject.retuned(settings(**other)), data).trainable
+    assert subject.step._cache_size() == compiled
+    assert_same_bits(found, run(trainer(**other), data).trainable)
+    assert_same_bits(run(subject, data).trainable, before)
+    assert not any(np.any(factors["b"][0]) for factors in found.values()), "a layer without adapters was trained"
+    for changes in (dict(lora=LoraSettings(rank=2)), dict(lora=LoraSettings(rank=4, dropout=0.2)), dict(batch_size=2)):
+        assert program_of(settings(**changes)) != program_of(subject.settings)
 
 
 def test_training_lowers_the_loss(data):
