@@ -20,7 +20,8 @@ from duet_jax.recall import make_search
 from duet_jax.search import Search
 from duet_jax.search.constraints import round_counts
 from duet_jax.selection import choose, plan, pool_size
-from duet_jax.training.sft import Trainer, program_of
+from duet_jax.training.optimiser import program_of
+from duet_jax.training.sft import Trainer
 
 # Trainers whose compiled programs are kept.
 MOST_TRAINERS = 8

@@ -257,6 +257,7 @@ def one_domain(**changes: Any) -> configs.StudyConfig:
     return study_config(**{"data": data, "training": ADAPTERS, "search": ALONE, "budget": 16, "rounds": 2, **changes})
 
 
+@pytest.mark.slow
 def test_settings_alone(tmp_path: Path) -> None:
     config = one_domain()
     result = duet.run(config, tmp_path / "s", quiet=True)

@@ -271,6 +271,7 @@ def test_constraints_are_respected():
     assert np.all((points == 0) | (points >= 0.1 - 1e-9))
 
 
+@pytest.mark.slow
 def test_several_objectives_need_weights():
     study = optuna.create_study(sampler=DuetSampler(NAMES), directions=["maximize", "minimize"])
     with pytest.raises(ValueError, match="2 objectives, and the sampler weights 1"):

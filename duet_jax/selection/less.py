@@ -25,7 +25,8 @@ from duet_jax.influence.projections import CountSketch
 from duet_jax.influence.scores import LESS_CODE, LESS_PAPER, Checkpoint, checkpoint_weights
 from duet_jax.selection.pool import Pool
 from duet_jax.training.checkpoint import Checkpoints
-from duet_jax.training.sft import Trainer, TrainState, learning_rates
+from duet_jax.training.optimiser import learning_rates
+from duet_jax.training.sft import Trainer, TrainState
 
 
 def less(pool: Pool, selector: SelectorConfig, folder: Path) -> list[np.ndarray]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
-import math
 import time
 from collections.abc import Callable
 from functools import cached_property, partial
@@ -27,6 +26,7 @@ from duet_jax.kernels.linear_cross_entropy import linear_cross_entropy
 from duet_jax.models import llama
 from duet_jax.models import lora as adapters
 from duet_jax.training.checkpoint import Checkpoints
+from duet_jax.training.optimiser import adam, learning_rates
 
 if TYPE_CHECKING:
     from duet_jax.config import TrainingConfig
@@ -138,7 +138,7 @@ class Trainer:
         return Dials(settings.clip_norm, settings.weight_decay, scale, dropout)
 
     def retuned(self, settings: TrainingConfig) -> Trainer:
-        """The same compiled programs under other settings, whose `program_of` must be the same."""
+        """The same compiled programs under other settings, whose `optimiser.program_of` must be the same."""
         for program in ("_new_factors", "_new_moments", "step"):
             getattr(self, program)
         other = copy.copy(self)
@@ -159,7 +159,7 @@ class Trainer:
 
     @cached_property
     def _new_moments(self) -> Callable[[Any], optax.OptState]:
-        return jax.jit(_optimiser(1.0, 0.0).init)
+        return jax.jit(adam(1.0, 0.0).init)
 
     def deployable(self, trainable: Any) -> tuple[llama.Params, adapters.Lora | None]:
         """Parameters and adapters (or None) of the trained model, ready for `llama.hidden_states`."""
@@ -225,7 +225,7 @@ class Trainer:
             key = jax.random.fold_in(key, number)
             loss, gradient = self._gradient(state.trainable, base, dials, tokens, weights, key)
             norm = optax.tree.norm(gradient)
-            rule = _optimiser(dials.clip_norm, dials.weight_decay)
+            rule = adam(dials.clip_norm, dials.weight_decay)
             update, optimiser = rule.update(gradient, state.optimiser, state.trainable)
             trainable = jax.tree.map(lambda p, u: p - rate * u, state.trainable, update)
             return TrainState(trainable, optimiser), Metrics(loss, norm, response_tokens)
@@ -357,54 +357,6 @@ class Trainer:
                     checkpoints.save(number + 1, state, totals)
         mean_loss = totals["loss"] / max(totals["response_tokens"], 1.0)
         return Trained(state.trainable, steps, int(totals["tokens"]), mean_loss, time.perf_counter() - began)
-
-
-def program_of(settings: TrainingConfig) -> TrainingConfig:
-    """What of the settings is compiled: equal for trainings that share their programs, see `Trainer.retuned`."""
-    lora = dataclasses.replace(settings.lora, alpha=1.0, layers=None, dropout=0.5 * (settings.lora.dropout > 0))
-    return dataclasses.replace(
-        settings,
-        learning_rate=1.0,
-        epochs=1,
-        schedule="constant",
-        warmup_fraction=0.0,
-        weight_decay=0.0,
-        clip_norm=1.0,
-        checkpoint_every=1,
-        lora=lora,
-    )
-
-
-def _optimiser(clip_norm: Any, weight_decay: Any) -> optax.GradientTransformation:
-    return optax.chain(
-        optax.clip_by_global_norm(clip_norm),
-        optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8),
-        optax.add_decayed_weights(weight_decay, mask=_decays),
-    )
-
-
-def learning_rates(settings: TrainingConfig, steps: int) -> np.ndarray:
-    """Learning rate of each step, float32 `[steps]`.
-
-    A linear rise over the first `warmup_fraction` of the steps, then a constant, a line to 0 or a half cosine
-    to 0. Computed on the host, so that a round with another number of steps compiles nothing.
-    """
-    warmup = math.ceil(settings.warmup_fraction * steps)
-    number = np.arange(steps)
-    rise = (number + 1) / max(warmup, 1)
-    progress = (number - warmup) / max(steps - warmup, 1)
-    fall = {
-        "constant": np.ones(steps),
-        "linear": 1 - progress,
-        "cosine": (1 + np.cos(np.pi * progress)) / 2,
-    }[settings.schedule]
-    return (settings.learning_rate * np.where(number < warmup, rise, fall)).astype(np.float32)
-
-
-def _decays(trainable: Any) -> Any:
-    """True for matrices; norms and biases are not pulled to zero."""
-    leaves = ("kernel", "embedding", "head", "a", "b")
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in leaves, trainable)
 
 
 def _digest(data: Encoded, batches: list[tuple[int, np.ndarray]]) -> str:

@@ -97,6 +97,7 @@ def test_a_store_of_anything_else_is_refused(point: Point, tmp_path: Path) -> No
             sketch(*changed[:2], tmp_path, BATCHING, projection=changed[2])
 
 
+@pytest.mark.slow
 def test_the_measured_error_is_that_of_the_sketches(point: Point, tmp_path: Path) -> None:
     data, targets = examples(30, 2), examples(9, 3)
     feature, wide = Adam(), CountSketch(8192)

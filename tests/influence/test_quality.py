@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from sklearn.metrics import roc_auc_score
 
 from duet_jax.influence import inverse, kfac
@@ -51,6 +52,7 @@ def sequences(rng, count, successors):
     return tokens
 
 
+@pytest.mark.slow
 def test_sequences_of_another_chain_in_a_language_models_training_data_are_found():
     """A model trained from scratch; influence on clean sequences by EK-FAC."""
     rng = np.random.default_rng(0)

@@ -64,6 +64,7 @@ def test_bfloat16_is_as_close_as_its_rounding():
     np.testing.assert_allclose(found.astype(np.float32), whole(*exact, None), atol=0.03)
 
 
+@pytest.mark.slow
 def test_products_with_the_hessian():
     """Forward over backward: the derivative of the gradient along a direction, against a central difference."""
     with jax.enable_x64(True):

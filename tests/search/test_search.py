@@ -233,6 +233,7 @@ def test_bad_settings(bad):
         Search(**{"num_domains": D, **bad})
 
 
+@pytest.mark.slow
 def test_at_most_three_compilations_from_1_to_200_observations():
     search = Search(num_domains=3, beta=1.7)
     before = module._step._cache_size()
@@ -249,6 +250,7 @@ def test_at_most_three_compilations_from_1_to_200_observations():
     assert state.mixtures.shape[0] == 256
 
 
+@pytest.mark.slow
 def test_a_whole_study_is_one_program_under_scan_and_vmap():
     search = Search(num_domains=3, capacity=8)
     target = jnp.array([0.6, 0.4, 0.0])
@@ -360,6 +362,7 @@ def test_a_search_goes_on_from_its_serialised_state_to_the_bit():
     np.testing.assert_array_equal(one, two)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 64])
 def test_few_and_many_domains(size):
     search = Search(num_domains=size)

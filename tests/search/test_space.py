@@ -146,6 +146,7 @@ JOINT = Space(
 )
 
 
+@pytest.mark.slow
 def test_mixture_and_settings_are_found_together():
     search = Search(num_domains=3, space=JOINT, initial=5)
     state, rng, told = search.init(), np.random.default_rng(0), []
@@ -195,6 +196,7 @@ def curve(mixture: np.ndarray, steps: float) -> float:
     return law(mixture, {"rate": 10**-3.2, "rank": 32, "schedule": "cosine"}) - 0.5 * (steps / 10) ** -0.7
 
 
+@pytest.mark.slow
 def test_cheap_trials_do_most_of_the_work():
     search = Search(num_domains=3, space=Space((), Fidelity("steps", (10, 40, 160))), initial=4)
     state, rng, spent, levels = search.init(), np.random.default_rng(0), 0.0, []
@@ -244,6 +246,7 @@ def test_what_a_trial_tells_is_that_of_the_joint_normal():
         np.testing.assert_allclose(found[i], 1 - remains / joint[2, 2], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_batch_is_what_one_after_another_gives():
     search = Search(num_domains=3, space=JOINT, initial=2)
     state = search.init()

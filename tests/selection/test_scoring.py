@@ -21,7 +21,8 @@ from duet_jax.influence.store import Store
 from duet_jax.models import llama
 from duet_jax.selection import Pool, score
 from duet_jax.training.checkpoint import Checkpoints
-from duet_jax.training.sft import Trainer, learning_rates
+from duet_jax.training.optimiser import learning_rates
+from duet_jax.training.sft import Trainer
 
 LETTERS, LENGTH, COUNT = 8, 12, 120
 MODEL = llama.LlamaConfig(
@@ -81,6 +82,7 @@ def test_each_domain_is_scored_for_its_own_examples(kind: str, tmp_path: Path) -
         assert roc_auc_score(~noisy(examples), values) > 0.8
 
 
+@pytest.mark.slow
 def test_less_is_the_formula_of_the_paper(tmp_path: Path) -> None:
     """Against gradients by vmap(grad) of a plain loss, Adam's step written out, and exact cosines."""
     subject, selector = pool("lora"), SELECTORS["less"]
