@@ -12,7 +12,8 @@ Every seed draws an objective and its noise (search_objectives.py), the same for
 
 Regret is in units of the objective's standard deviation over random mixtures, at least 1e-6. A cell is an objective,
 a number of domains and a kind of feedback; ours wins or loses it if the 95% paired bootstrap interval of the mean
-difference of log10 regrets excludes 0. Every regret is appended to a file as it comes, and not computed again.
+difference of log10 regrets excludes 0. Every regret is appended to a file as it comes, and not computed again; with
+--output all of them are in the JSON, too, in the order of the seeds.
 
     python benchmarks/search_regret.py
     python benchmarks/search_regret.py --domains 3 9 20 --seeds 50 --feedback gaussian known stars --peer-python PYTHON
@@ -189,7 +190,8 @@ def summarise(cells: Cells, place: tuple, methods: list[str], seeds: int) -> dic
         if not common:
             continue
         logs = cells.logs((*place, method), common)
-        row[method] = {"seeds": len(common), "log10_regret": float(logs.mean())}
+        regrets = " ".join(f"{theirs[seed]:.3g}" for seed in common)
+        row[method] = {"seeds": len(common), "log10_regret": float(logs.mean()), "regrets": regrets}
         if method != "search":
             differences = cells.logs((*place, "search"), common) - logs
             low, high = bootstrap(differences)
