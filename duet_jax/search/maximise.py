@@ -19,8 +19,11 @@ from duet_jax.search import simplex
 from duet_jax.search.constraints import Constraints, bounds, gap, project, support
 from duet_jax.search.space import Space
 
-# Neighbours of each centre, candidates that climb, steps of the climb, and turns of discrete settings.
-NEAR, REFINED, STEPS, TURNS = 8, 16, 30, 3
+# Neighbours of each centre; how many of the best candidates climb how many steps, in stages: many a little, so that
+# their maxima compete, few to the end.
+NEAR, STAGES, LAST = 8, ((48, 4), (12, 20)), (3, 60)
+# Turns of discrete settings, and steps of the climb after each.
+TURNS, STEPS = 3, 30
 Score = Callable[[Array], Array]
 
 
@@ -37,9 +40,9 @@ def maximise(
 ) -> Found:
     """Maximises `score`, a function of points `[m, d + e]`, over the allowed mixtures and settings.
 
-    Candidates are landmarks of the simplex, random mixtures and neighbours of `centres`; the best of them climb.
-    Faces of the simplex are reached exactly, by clipping. A smallest share or a largest number of domains chooses a
-    support for each, on which they climb again. What is returned is what was scored.
+    Candidates are landmarks of the simplex, random mixtures and neighbours of `centres`; the best of them climb, in
+    stages. Faces of the simplex are reached exactly, by clipping. A smallest share or a largest number of domains
+    chooses a support for each before the last stage. What is returned is what was scored.
 
     Args:
       score: differentiable; the gradient at a face may be anything.
@@ -64,18 +67,22 @@ def maximise(
         beside = jnp.concatenate([settings, jnp.tile(settings, (NEAR, 1))])
         beside = jnp.concatenate([space.draws(key_settings, len(spread)).astype(beside.dtype), beside])
         candidates = jnp.concatenate([candidates, space.at_target(beside)], axis=1)
-    _, promising = jax.lax.top_k(score(candidates), REFINED)
-    top = climb(score, candidates[promising], onto, STEPS, space.ordered)
+    points, heights = candidates, score(candidates)
+    for kept, steps in STAGES:
+        top = climb(score, points[jax.lax.top_k(heights, kept)[1]], onto, steps, space.ordered)
+        points, heights = top.best, top.highest
     if constraints.floor or constraints.most is not None:
-        lower, upper = support(top.best[:, :size] ** 2, constraints)
-        onto = partial(to_set, lower=lower, upper=upper, groups=constraints.groups)
-    if space.width:
-        top = _take_turns(score, top.best, onto, space)
-    elif constraints.floor or constraints.most is not None:
-        top = climb(score, onto(top.best), onto, STEPS, space.real)
+        lower, upper = support(points[:, :size] ** 2, constraints)
+        points = points.at[:, :size].set(to_set(points[:, :size], lower, upper, constraints.groups))
+        heights = score(points)
+    lower, upper = (jnp.broadcast_to(jnp.asarray(x, points.dtype), (len(points), size)) for x in (lower, upper))
+    if not space.width:
+        last = jax.lax.top_k(heights, LAST[0])[1]
+        points, lower, upper = points[last], lower[last], upper[last]
+    onto = partial(to_set, lower=lower, upper=upper, groups=constraints.groups)
+    top = _take_turns(score, points, onto, space) if space.width else climb(score, points, onto, LAST[1], space.real)
     best = jnp.argmax(top.highest)
-    least, most = (jnp.broadcast_to(jnp.asarray(x, top.best.dtype), (REFINED, size))[best] for x in (lower, upper))
-    point, gradient = top.best[best], top.gradient[best]
+    least, most, point, gradient = (x[best] for x in (lower, upper, top.best, top.gradient))
     # A share of 0 has an infinite slope in the shares; at this one a step of 1e-7 is exact to first order.
     in_shares = gradient[:size] / (2.0 * jnp.maximum(point[:size], 1e-7))
     certificate = gap(in_shares, point[:size] ** 2, least, most, constraints.groups)
@@ -124,8 +131,8 @@ class Climb(NamedTuple):
 def climb(score: Score, points: Array, onto: Callable[[Array], Array], steps: int, free: np.ndarray) -> Climb:
     """Projected gradient ascent of points `[m, d + e]`: on the sphere's positive part, and from 0 to 1 beside it.
 
-    Steps are those of Barzilai and Borwein (IMA J. Numer. Anal. 1988, equation 5): not monotone, but after 20 of
-    them the maximum is reached to about 1e-12, where a decreasing step leaves 1e-5.
+    Steps are those of Barzilai and Borwein (IMA J. Numer. Anal. 1988, equation 5): not monotone, but mostly 20 of them
+    reach the maximum to about 1e-12, where a decreasing step leaves 1e-5; with 20 domains a few take 100.
 
     Args:
       score: differentiable function of points.
