@@ -62,12 +62,10 @@ def measure_ours(method: str, dtype: str, rows: int, remat: str, steps: int, lab
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, s["vocab"], (BATCH, LENGTH)).astype(np.int32)
     mask = np.broadcast_to(np.arange(LENGTH) >= max(1, LENGTH * (1 - labels)), (BATCH, LENGTH))
-    key, seconds = jax.random.key(1), []
+    key, dials, seconds = jax.random.key(1), trainer.dials, []
     for number in range(steps + 1):
         began = time.perf_counter()
-        state, metrics = trainer.step(
-            state, resident, trainer.dials, tokens, mask, np.float32(1e-4), key, np.int32(number)
-        )
+        state, metrics = trainer.step(state, resident, dials, tokens, mask, np.float32(1e-4), key, np.int32(number))
         loss = float(metrics.loss)
         seconds.append(time.perf_counter() - began)
     return {"first_step_s": seconds[0], "step_s": statistics.median(seconds[1:]), "loss": loss}

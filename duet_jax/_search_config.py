@@ -34,8 +34,8 @@ Training = TypeVar("Training")
 class SettingConfig:
     """A field of which every trial has its own value: a number from a range, one of some values, or some members.
 
-    Of batch size, rank and targets each value that is tried is a compiled program of its own, a few values are kinder
-    than a range; and so is dropout of 0 beside all other. The rest are arguments of one program.
+    Each value of batch size, rank and targets that is tried is a compiled program of its own: a few values are kinder
+    than a range. All other fields are arguments of one program, but for dropout, of which 0 is another than the rest.
 
     Attributes:
       field: dotted path.

@@ -256,10 +256,12 @@ class Program:
         if initial is None:
             initial = jnp.asarray(self.initial)
         fits = self.fit(state)
+        # While no two trials have been told apart there is nothing to model, and the design goes on.
+        alike = jnp.all(jnp.stack([jnp.all(problem.values == 0) for problem in self._problems(state)]))
 
         def one(waiting_for: tuple[Array, Array], number: Array) -> tuple[tuple[Array, Array], Proposal]:
             key_one = jax.random.fold_in(key, number)
-            proposal = self._choose(state, fits, *waiting_for, beta, initial, key=key_one)
+            proposal = self._choose(state, fits, *waiting_for, beta, initial, alike, key=key_one)
             if room:
                 point = jnp.concatenate([proposal.mixture, proposal.settings])
                 pending, mask = waiting_for
@@ -277,10 +279,11 @@ class Program:
         pending_mask: Array,
         beta: Array,
         initial: Array,
+        alike: Array,
         *,
         key: Array,
     ) -> Proposal:
-        """The next proposal of fitted surrogates."""
+        """The next proposal of fitted surrogates; of the design where all feedback is `alike`."""
         dtype, size, space = state.mixtures.dtype, self.num_domains, self.space
         key_draws, key_maximise, key_sample = jax.random.split(key, 3)
         posteriors = self.condition(fits, pending, pending_mask)
@@ -300,8 +303,7 @@ class Program:
         score = self._score(posteriors, observed, highest, beta, key_sample)
         found = maximise(score, centres, draws, self.constraints, space, key=key_maximise)
         planned = jnp.sum(taken) < initial
-        # While no two trials have been told apart there is nothing to model, and the design goes on.
-        first = planned | jnp.all(jnp.stack([jnp.all(problem.values == 0) for problem in self._problems(state)]))
+        first = planned | alike
         point = jnp.where(first, self._design(targets, taken, draws, planned, key_maximise), found.point)
         mean, deviation = (x[0] for x in self.moments(posteriors, point[None]))
         single = len(posteriors) == 1

@@ -218,7 +218,7 @@ def test_what_the_best_of_several_scores_falls_short_of(cutoff):
     least = np.minimum.accumulate(draws, axis=1)
     np.testing.assert_allclose(found.mean, least.mean(axis=0), rtol=0.02)
     np.testing.assert_allclose(found.deviation, least.std(axis=0), rtol=0.02)
-    # The rate that explains the gaps best, an independent way: without a cutoff it is a mean.
+    # Without a cutoff the least of k is exponential of k times the rate.
     if cutoff == math.inf:
         np.testing.assert_allclose(found.mean * found.number, 1 / found.rate)
     assert 2 < found.rate < 20
