@@ -282,13 +282,19 @@ def main() -> None:
         base["folder"] = folder
         about = ask(options, "ours", "prepare", base)
         rows = speeds(options, base, about) if "speed" in options.parts else []
-        errors = quality(options, base) if "quality" in options.parts else []
+        # What took minutes is shown and written before the rest, which may fail.
+        report(options, about, rows, [])
+        if "quality" in options.parts:
+            report(options, about, rows, quality(options, base))
+
+
+def report(options: argparse.Namespace, about: dict, rows: list[dict], errors: list[dict]) -> None:
+    """Prints and writes what there is."""
     show(rows, errors, about.get("rates", []))
-    targets = verdicts(rows, errors)
-    options.data = None
     results = {"cores_allowed": len(os.sched_getaffinity(0)), "inputs": about, "rows": rows, "errors": errors}
     versions = next((row["runs"][0]["versions"] for row in rows if row["tool"] == "bergson"), {})
-    write(options.output, options, results | {"targets": targets}, versions)
+    without_path = argparse.Namespace(**{**vars(options), "data": None})
+    write(options.output, without_path, results | {"targets": verdicts(rows, errors)}, versions)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ bergson 2.5; torchvision, which it asks for but does not use, must be of torch's
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import json
 import os
 import sys
@@ -41,6 +42,8 @@ def examples(request: dict, part: str, count: int | None = None) -> Dataset:
 class Collector:
     """A model and its hooks. `seed` is that of the projections."""
 
+    runs = itertools.count(1)
+
     def __init__(self, request: dict, seed: int | None = None):
         folder = Path(request["folder"])
         self.config = IndexConfig(
@@ -53,13 +56,12 @@ class Collector:
             token_batch_size=request["token_batch_size"],
         )
         self.model, self.targets = setup_model_and_peft(self.config)
-        self.runs = 0
         self.processor: Any = None
 
     def __call__(self, data: Dataset) -> Path:
         """Builds an index; where it is."""
-        self.runs += 1
-        self.config.run_path = str(Path(self.config.run_path).with_name(f"bergson{os.getpid()}.{self.runs}"))
+        name = f"bergson{os.getpid()}.{next(Collector.runs)}"
+        self.config.run_path = str(Path(self.config.run_path).with_name(name))
         self.config.partial_run_path.mkdir(parents=True)
         if self.processor is None:
             self.processor = create_processor(self.model, self.config, self.targets)
