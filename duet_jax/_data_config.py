@@ -16,7 +16,8 @@ class DomainConfig:
 
     Attributes:
       source: .jsonl, .json or .parquet file, `datasets` folder, hub name, or "synthetic:KIND".
-      prompt, response: columns; the response is the part that is trained on.
+      prompt, response: columns; the response is the part that is trained on. None, for targets alone: there are no
+        responses, or none that is to be read.
       messages: column with chat messages, in place of the two.
       max_examples: a seeded subsample of this size.
       options: of a synthetic kind.
@@ -27,7 +28,7 @@ class DomainConfig:
     source: str
     split: str = "train"
     prompt: str = "prompt"
-    response: str = "response"
+    response: str | None = "response"
     messages: str | None = None
     max_examples: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -64,6 +65,8 @@ class DataConfig:
         for i, name in enumerate(names):
             if name in names[:i]:
                 raise FieldError(f"domains.{i}.name", f"is {name!r} a second time; every domain needs its own.")
+            if self.domains[i].response is None:
+                raise FieldError(f"domains.{i}.response", "is null, but domains are trained on; name the column.")
         require(0 <= self.validation_fraction < 1, "validation_fraction", self.validation_fraction, "in [0, 1)")
         at_least(0, self, "validation_examples")
         at_least(2, self, "max_length")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,13 @@ def save_array(path: Path, array: np.ndarray) -> None:
     """Replaces a .npy file, as `write` does."""
     content = io.BytesIO()
     np.save(content, array, allow_pickle=False)
+    write(path, content.getvalue())
+
+
+def save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Replaces a .npz file, as `write` does."""
+    content = io.BytesIO()
+    np.savez(content, allow_pickle=False, **dict(arrays))  # type: ignore[arg-type]  # a name may be `allow_pickle`
     write(path, content.getvalue())
 
 

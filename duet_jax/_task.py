@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from duet_jax._checks import FieldError, at_least, require
+from duet_jax._reward_config import RewardConfig
 
-BuiltIn = Literal["response_loss", "perplexity", "multiple_choice", "exact_match", "token_f1"]
-TaskKind = Literal[BuiltIn, "sum", "python", "command", "external"]
+BuiltIn = Literal["response_loss", "perplexity", "multiple_choice", "exact_match", "token_f1", "reward"]
+TaskKind = Literal[BuiltIn, "harness", "sum", "python", "command", "external"]
 
 
 def check_rows(config: Any) -> None:
@@ -32,12 +33,14 @@ _TASK_FIELDS: dict[str, set[str]] = {
     "multiple_choice": _ROWS | {"normalisation"},
     "exact_match": _ROWS | {"max_new_tokens"},
     "token_f1": _ROWS | {"max_new_tokens"},
+    "reward": _ROWS | {"max_new_tokens", "reward", "stop"},
+    "harness": {"benchmark", "metric", "num_fewshot", "max_examples", "max_length", "batch_size"},
     "sum": {"tasks"},
     "python": {"function"},
     "command": {"command"},
     "external": set(),
 }
-_TASK_NEEDS = {"sum": "tasks", "python": "function", "command": "command"}
+_TASK_NEEDS = {"reward": "reward", "harness": "benchmark", "sum": "tasks", "python": "function", "command": "command"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,10 +49,18 @@ class TaskConfig:
 
     Attributes:
       kind: what is measured; "external" feedback is told with `duet tell`.
-      source, split, prompt, response, messages, max_examples, options: rows, as of a domain.
+      source, split, prompt, response, messages, max_examples, options: rows, as of a domain; the response may be None
+        where a reward needs none.
       batch_size: examples in a forward pass.
       normalisation: of a choice's log-likelihood: none, or by its length in bytes.
       max_new_tokens: of a generated answer.
+      reward: how good an answer is, of kind "reward".
+      stop: strings that end an answer of kind "reward"; what follows the first of them is not part of it.
+      benchmark: task or group of the lm-evaluation-harness, or a task file (.yaml), of kind "harness".
+      metric: of the benchmark, such as "acc" or "acc,none"; its first without one.
+      num_fewshot: solved examples in a prompt of the benchmark; its own number without one.
+      max_length: most tokens of a prompt and its answer in the benchmark, whose beginning is cut; those of the model
+        without one.
       tasks: the parts of a "sum".
       function: "module:callable" of kind "python".
       command: program and arguments of kind "command".
@@ -59,13 +70,19 @@ class TaskConfig:
     source: str | None = None
     split: str = "test"
     prompt: str = "prompt"
-    response: str = "response"
+    response: str | None = "response"
     messages: str | None = None
     max_examples: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     batch_size: int = 8
     normalisation: Literal["raw", "length"] = "raw"
     max_new_tokens: int = 64
+    reward: RewardConfig | None = None
+    stop: tuple[str, ...] = ()
+    benchmark: str | None = None
+    metric: str | None = None
+    num_fewshot: int | None = None
+    max_length: int | None = None
     tasks: tuple[WeightedTask, ...] = ()
     function: str | None = None
     command: tuple[str, ...] = ()
@@ -76,15 +93,22 @@ class TaskConfig:
             default = each.default_factory() if callable(each.default_factory) else each.default
             if each.name not in used | {"kind"} and getattr(self, each.name) != default:
                 raise FieldError(each.name, f"has no meaning for a task of kind {self.kind!r}; leave it out.")
-        needed = "source" if "source" in used else _TASK_NEEDS.get(self.kind)
-        if needed is not None and not getattr(self, needed):
-            raise FieldError(needed, f"is missing; a task of kind {self.kind!r} needs it.")
+        for needed in ("source", _TASK_NEEDS.get(self.kind)):
+            if needed in used and not getattr(self, needed):
+                raise FieldError(needed, f"is missing; a task of kind {self.kind!r} needs it.")
         if "source" in used:
             check_rows(self)
+            if self.response is None and self.kind != "reward":
+                reason = "is null, but only a task of kind 'reward' can do without responses; name the column."
+                raise FieldError("response", reason)
         if self.function is not None:
             named = re.fullmatch(r"[\w.]+:\w+", self.function) is not None
             require(named, "function", self.function, "of the form module:callable")
+        require("" not in self.stop, "stop", list(self.stop), "a list of texts that are not empty")
         at_least(1, self, "batch_size", "max_new_tokens")
+        for name, least in (("max_examples", 1), ("num_fewshot", 0), ("max_length", 2)):
+            if getattr(self, name) is not None:
+                at_least(least, self, name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,5 +120,5 @@ class WeightedTask:
 
     def __post_init__(self) -> None:
         require(self.weight != 0, "weight", self.weight, "a number other than 0")
-        if self.task.kind not in (*get_args(BuiltIn), "sum"):
+        if self.task.kind not in (*get_args(BuiltIn), "harness", "sum"):
             raise FieldError("task.kind", f"is {self.task.kind!r}; the parts of a sum must be built-in tasks.")

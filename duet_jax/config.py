@@ -19,6 +19,8 @@ from duet_jax._checks import FieldError, at_least, distinct, require
 from duet_jax._data_config import DataConfig
 from duet_jax._data_config import DomainConfig as DomainConfig
 from duet_jax._decode import decode, encode, flat, override, parse
+from duet_jax._policy_config import PolicyConfig as PolicyConfig
+from duet_jax._reward_config import RewardConfig as RewardConfig
 from duet_jax._search_config import FidelityConfig as FidelityConfig
 from duet_jax._search_config import GroupConfig as GroupConfig
 from duet_jax._search_config import SearchConfig

@@ -15,7 +15,8 @@ from duet_jax.config import DomainConfig, StudyConfig, TaskConfig, TrainingConfi
 from duet_jax.data import Domain, Encoded, Example, join, load_examples
 from duet_jax.errors import ConfigError
 from duet_jax.feedback import Coarse, CommandTask, Engine, PythonTask, Task, WeightedSum, build, load_function
-from duet_jax.loading import load, load_all
+from duet_jax.feedback.harness import Benchmark, HarnessTask, load_benchmark
+from duet_jax.loading import load, load_all, load_goal
 from duet_jax.recall import make_search
 from duet_jax.search import Search
 from duet_jax.search.constraints import round_counts
@@ -119,23 +120,23 @@ def prepare(
     sizes = _sizes(config, domains)
     search = make_search(config, sizes)
     evaluation = _task_examples(config.task, config.seed, "task")
+    benchmarks = _benchmarks(config.task)
     function = None if config.task.function is None else load_function(config.task.function)
-    selector = config.selector
-    targets = [(spec.name, load_examples(spec, seed=config.seed)) for spec in selector.targets]
-    texts = [example for _, examples in [*evaluation, *targets] for example in examples]
+    selector, selections = config.selector, folder / "selections"
+    goal = load_goal(selector, domains, config.seed, selections)
+    texts = [example for _, examples in [*evaluation, *goal.targets] for example in examples]
     loaded = load(config.model, config.data, config.training, domains, texts, config.seed, say)
     model = loaded.model
     _check_layers(config, model)
-    engine = Engine(model, loaded.chat, loaded.trainer.buckets, loaded.trainer.compute_dtype)
     task = None
     if config.task.kind != "external":
-        task = _build_task(config.task, engine, iter(evaluation), function)
+        task = _build_task(config.task, loaded.engine, iter(evaluation), iter(benchmarks), function)
     held_out = {
         domain.name: loaded.encode(domain.validation[: config.data.validation_examples], f"{domain.name} (validation)")
         for domain in domains
         if domain.validation and config.data.validation_examples
     }
-    utilities = loaded.utilities(selector, targets, folder / "selections", config.seed, say, on_progress)
+    utilities = loaded.utilities(selector, goal, selections, config.seed, say, on_progress)
     feedback = config.feedback
     return Job(
         config=config,
@@ -147,7 +148,7 @@ def prepare(
         validation=held_out,
         model=model,
         trainer=loaded.trainer,
-        engine=engine,
+        engine=loaded.engine,
         task=task,
         coarse=Coarse(feedback.noise, feedback.stars, feedback.low, feedback.high),
         search=search,
@@ -200,11 +201,21 @@ def _task_examples(config: TaskConfig, seed: int, place: str) -> list[tuple[str,
     return [(place, load_examples(spec, seed=seed))]
 
 
-def _build_task(config: TaskConfig, engine: Engine, evaluation, function) -> Task:  # type: ignore[no-untyped-def]
+def _benchmarks(config: TaskConfig) -> list[Benchmark]:
+    """Every benchmark of a (possibly nested) task, in order."""
     if config.kind == "sum":
-        return WeightedSum(
-            tuple((part.weight, _build_task(part.task, engine, evaluation, None)) for part in config.tasks)
-        )
+        return [benchmark for part in config.tasks for benchmark in _benchmarks(part.task)]
+    return [load_benchmark(config)] if config.kind == "harness" else []
+
+
+def _build_task(  # type: ignore[no-untyped-def]
+    config: TaskConfig, engine: Engine, evaluation, benchmarks, function
+) -> Task:
+    if config.kind == "sum":
+        parts = [(part.weight, _build_task(part.task, engine, evaluation, benchmarks, None)) for part in config.tasks]
+        return WeightedSum(tuple(parts))
+    if config.kind == "harness":
+        return HarnessTask.build(next(benchmarks), config, engine)
     if config.kind == "python":
         return PythonTask(function)
     if config.kind == "command":

@@ -12,12 +12,32 @@ import numpy as np
 
 from duet_jax import models
 from duet_jax.config import DataConfig, ModelConfig, SelectorConfig, TrainingConfig
-from duet_jax.data import Domain, Encoded, Example, encode, load_domains
+from duet_jax.data import Domain, Encoded, Example, encode, load_domains, load_examples
 from duet_jax.data.characters import CharacterTokenizer
-from duet_jax.errors import ConfigError
+from duet_jax.errors import ConfigError, DataError
+from duet_jax.feedback import Engine
+from duet_jax.feedback.rewards import Reward, build_reward
+from duet_jax.influence.given import external_samples
 from duet_jax.models import llama
-from duet_jax.selection import Pool, load_utilities, score
+from duet_jax.selection import Asked, Pool, load_utilities, score
 from duet_jax.training.sft import Trainer
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Goal:
+    """What a selector scores for, read and checked before there is a model.
+
+    Attributes:
+      targets: named sets of examples; none: the held-out ones of each domain.
+      reward: of replies to them, for a selector that has the model answer.
+    """
+
+    targets: tuple[tuple[str, tuple[Example, ...]], ...]
+    reward: Reward | None
+
+    def sets(self, domains: Sequence[Domain]) -> tuple[tuple[str, tuple[Example, ...]], ...]:
+        """The targets, or the held-out examples of the domains."""
+        return self.targets or tuple((domain.name, domain.validation) for domain in domains)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -31,6 +51,7 @@ class Loaded:
       chat: whether prompts go through the chat template.
       max_length: tokens at which examples are cut.
       trainer: compiled training.
+      engine: compiled scoring and generation.
     """
 
     domains: list[Domain]
@@ -39,6 +60,7 @@ class Loaded:
     chat: bool
     max_length: int
     trainer: Trainer
+    engine: Engine
 
     def encode(self, examples: Sequence[Example], name: str) -> Encoded:
         """Examples as tokens."""
@@ -47,7 +69,7 @@ class Loaded:
     def utilities(
         self,
         selector: SelectorConfig,
-        targets: Sequence[tuple[str, Sequence[Example]]],
+        goal: Goal,
         folder: Path,
         seed: int,
         say: Callable[[str], None],
@@ -57,18 +79,25 @@ class Loaded:
 
         Raises:
           DataError: a file of utilities is wrong, or a domain has no held-out example that it needs.
+          FeedbackError: a reply cannot be rewarded.
         """
         if selector.scores:
+            asked = self._asked(selector, goal)
+
+            def read(examples: Sequence[Example], name: str) -> Encoded:
+                return self.encode(examples, name) if asked is None else self.engine.encode_prompts(examples)
+
             pool = Pool(
                 names=tuple(domain.name for domain in self.domains),
                 train=self.train,
-                validation=tuple(self.encode(d.validation, f"{d.name} (validation)") for d in self.domains),
-                targets=tuple((name, self.encode(examples, name)) for name, examples in targets),
+                validation=tuple(read(d.validation, f"{d.name} (validation)") for d in self.domains),
+                targets=tuple((name, read(examples, name)) for name, examples in goal.targets),
                 trainer=self.trainer,
                 fingerprint=self.model.fingerprint,
                 seed=seed,
                 say=say,
                 on_progress=on_progress,
+                asked=asked,
             )
             return score(pool, selector, folder)
         found = []
@@ -77,6 +106,45 @@ class Loaded:
             kept = set(encoded.ids)
             found.append(every[[example.id in kept for example in domain.train]])
         return tuple(found)
+
+    def _asked(self, selector: SelectorConfig, goal: Goal) -> Asked | None:
+        if goal.reward is None:
+            return None
+        examples = tuple(example for _, part in goal.sets(self.domains) for example in part)
+        external, policy = None, selector.policy
+        if policy is not None and policy.external is not None:
+            ids = [example.id for example in examples]
+            repeated = next((name for i, name in enumerate(ids) if name in ids[:i]), None)
+            if repeated is not None:
+                raise DataError(
+                    f"{policy.external}: two prompts have the id '{repeated}', so their replies are mixed up."
+                )
+            prompts, tokenizer = self.engine.encode_prompts(examples), self.model.tokenizer
+            external = external_samples(policy.external, prompts, tokenizer, policy.max_new_tokens)
+        return Asked(self.engine, examples, goal.reward, external)
+
+
+def load_goal(selector: SelectorConfig, domains: Sequence[Domain], seed: int, folder: Path) -> Goal:
+    """Reads the selector's targets and builds its reward.
+
+    Args:
+      selector: which.
+      domains: whose held-out examples are scored for where there are no targets.
+      seed: of subsamples.
+      folder: for the cache of rewards.
+
+    Raises:
+      DataError: a target cannot be read.
+      FeedbackError: the reward cannot be built, or an example lacks what it needs.
+    """
+    targets = tuple((spec.name, tuple(load_examples(spec, seed=seed))) for spec in selector.targets)
+    if selector.reward is None:
+        return Goal(targets, None)
+    goal = Goal(targets, build_reward(selector.reward, folder / "rewards"))
+    assert goal.reward is not None
+    for _, examples in goal.sets(domains):
+        goal.reward.check(examples)
+    return goal
 
 
 def load_all(config: DataConfig, seed: int) -> list[Domain]:
@@ -139,7 +207,8 @@ def load(
         compute_dtype=jnp.dtype(config.dtype),
         remat=config.remat,
     )
-    loaded = Loaded(domains, (), model, chat, data.max_length, trainer)
+    engine = Engine(model, chat, buckets, trainer.compute_dtype)
+    loaded = Loaded(domains, (), model, chat, data.max_length, trainer, engine)
     train = tuple(loaded.encode(domain.train, domain.name) for domain in domains)
     for domain, encoded in zip(domains, train, strict=True):
         say(_describe(domain, encoded, data.max_length))

@@ -27,10 +27,10 @@ import pyarrow.parquet
 from duet_jax._decode import encode as plain
 from duet_jax._files import write
 from duet_jax.config import SelectConfig
-from duet_jax.data import Domain, Example, load_examples
+from duet_jax.data import Domain, Example
 from duet_jax.display import Display
 from duet_jax.errors import ConfigError, StudyError
-from duet_jax.loading import Loaded, load, load_all
+from duet_jax.loading import Loaded, load, load_all, load_goal
 from duet_jax.search.constraints import Constraints, round_counts
 from duet_jax.selection import choose, load_utilities, pool_size
 
@@ -98,10 +98,10 @@ def _score(
             )
             for domain in domains
         ]
-    targets = [(spec.name, load_examples(spec, seed=config.seed)) for spec in selector.targets]
-    others = [example for _, examples in targets for example in examples]
+    goal = load_goal(selector, domains, config.seed, work)
+    others = [example for _, examples in goal.targets for example in examples]
     loaded = load(config.model, config.data, config.training, domains, others, config.seed, say)
-    utilities = loaded.utilities(selector, targets, work, config.seed, say, display.work)
+    utilities = loaded.utilities(selector, goal, work, config.seed, say, display.work)
     found = []
     for domain, encoded, values in zip(domains, loaded.train, utilities, strict=True):
         kept = set(encoded.ids)

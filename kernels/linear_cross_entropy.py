@@ -98,6 +98,32 @@ def token_log_probs(
     return jnp.zeros(count, jnp.float32).at[order].set(ordered[:count])
 
 
+def token_predictions(
+    hidden: Array, head: Array, labels: Array, mask: Array, *, chunk: int = 256, compute_dtype: Any = jnp.float32
+) -> tuple[Array, Array]:
+    """Log-probability of each label, and whether no other token is likelier; forward only, in plain JAX.
+
+    Args:
+      hidden, head, labels, mask, chunk, compute_dtype: as for `token_log_probs`.
+
+    Returns:
+      float32 `[N]`, 0 where `mask` is False, and bool `[N]`, True there. Of equally likely tokens the first counts.
+    """
+    count = hidden.shape[0]
+    hidden, labels, weights, order, chunks = _weighted_first(hidden, labels, mask.astype(jnp.float32), chunk)
+
+    def body(i: Array, found: tuple[Array, Array]) -> tuple[Array, Array]:
+        rows = partial(jax.lax.dynamic_slice_in_dim, start_index=i * chunk, slice_size=chunk)
+        put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=i * chunk, axis=0)
+        log_probs, logits, _ = _chunk_log_probs(rows(hidden), head, rows(labels), compute_dtype)
+        best = (jnp.argmax(logits, axis=-1) == rows(labels)) | (rows(weights) == 0)
+        return put(found[0], log_probs * rows(weights)), put(found[1], best)
+
+    nothing = jnp.zeros(hidden.shape[0], jnp.float32), jnp.ones(hidden.shape[0], jnp.bool_)
+    log_probs, best = (x[:count] for x in jax.lax.fori_loop(0, chunks, body, nothing))
+    return jnp.zeros(count, jnp.float32).at[order].set(log_probs), jnp.ones(count, jnp.bool_).at[order].set(best)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def linear_cross_entropy(
     hidden: Array,

@@ -122,6 +122,14 @@ def test_defaults() -> None:
         ("task.function=m:f", "task.function has no meaning for a task of kind 'response_loss'; leave it out."),
         ("task.normalisation=length", "task.normalisation has no meaning for a task of kind 'response_loss'"),
         ("task.max_new_tokens=5", "task.max_new_tokens has no meaning for a task of kind 'response_loss'"),
+        (
+            "task.response=null",
+            "task.response is null, but only a task of kind 'reward' can do without responses; name",
+        ),
+        (
+            "data.domains.1.response=null",
+            "data.domains.1.response is null, but domains are trained on; name the column.",
+        ),
         ("task.batch_size=0", "task.batch_size is 0; it must be at least 1."),
         ("task={kind: sum}", "task.tasks is missing; a task of kind 'sum' needs it."),
         ("task={kind: python}", "task.function is missing; a task of kind 'python' needs it."),

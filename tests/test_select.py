@@ -172,7 +172,7 @@ def test_a_selection_by_gradients_and_again(
     about = json.loads((tmp_path / "out" / "selection.json").read_text())
     assert about["model"]["source"] == "from scratch" and "sketch error of a cosine" in " ".join(about["log"])
     first = table(tmp_path)
-    monkeypatch.setattr("duet_jax.selection.less._warm_up", None)
+    monkeypatch.setattr("duet_jax.selection.trajectory._train", None)
     # Another count and rule need no new scores.
     assert run(tmp_path, tree, "count=20", "selector.rule=weighted") == 0
     assert table(tmp_path)["utility"] == first["utility"] and sum(table(tmp_path)["selected"]) == 20

@@ -73,6 +73,11 @@ class CharacterTokenizer:
                 pieces.append(SPECIAL[i])
         return "".join(pieces)
 
+    @property
+    def token_bytes(self) -> tuple[bytes, ...]:
+        """What each id adds to a text, `[vocab_size]`; special ids add nothing."""
+        return (*(b"" for _ in SPECIAL), *(character.encode() for character in self.alphabet))
+
     def render_chat(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str:
         """There is no chat template.
 
@@ -84,13 +89,16 @@ class CharacterTokenizer:
     def backend(self) -> tokenizers.Tokenizer:
         """The same mapping as an object of the `tokenizers` library."""
         import tokenizers
-        from tokenizers import decoders, models, pre_tokenizers
+        from tokenizers import decoders, models, pre_tokenizers, processors
 
         vocabulary = {token: i for i, token in enumerate((*SPECIAL, *self.alphabet))}
         backend = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token=SPECIAL[UNKNOWN]))
         backend.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
         backend.decoder = decoders.Fuse()
         backend.add_special_tokens(list(SPECIAL))
+        # transformers looks for BOS here, and not at `add_bos_token`.
+        bos = SPECIAL[self.bos_id]
+        backend.post_processor = processors.TemplateProcessing(f"{bos} $A", None, [(bos, self.bos_id)])
         return backend
 
     def save(self, folder: str | Path) -> None:

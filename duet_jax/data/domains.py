@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from duet_jax.data import synthetic
@@ -76,7 +76,8 @@ def load_examples(spec: DomainConfig, *, seed: int = 0) -> list[Example]:
 
     Args:
       spec: the domain's configuration. `max_examples` keeps that many examples, chosen by a hash
-        of (seed, domain name, example id).
+        of (seed, domain name, example id). Where `response` is None, no response is read, and every
+        example's is "".
       seed: see above.
 
     Raises:
@@ -86,6 +87,8 @@ def load_examples(spec: DomainConfig, *, seed: int = 0) -> list[Example]:
     if spec.source.startswith("synthetic:"):
         kind = spec.source.removeprefix("synthetic:")
         examples = synthetic.generate(kind, spec.name, spec.split, spec.options)
+        if spec.response is None:
+            examples = [replace(example, response="") for example in examples]
     else:
         seen: dict[str, int] = {}
         rows = read_rows(spec.source, split=spec.split, name=spec.name)
@@ -131,14 +134,22 @@ def _example(row: Row, spec: DomainConfig, identifier: str) -> Example:
     place = f"domain '{spec.name}': {row.where}"
     columns = row.columns
     prompt: str | tuple[dict[str, str], ...]
+    response = ""
     if spec.messages is not None:
         mapped = {spec.messages}
-        prompt, response = _conversation(_column(columns, spec.messages, "messages", place), place)
+        messages = _messages(_column(columns, spec.messages, "messages", place), place)
+        if spec.response is None:
+            prompt = _turns(messages, "user", "to reply to", place)
+        else:
+            *turns, reply = _turns(messages, "assistant", "to learn from", place)
+            prompt, response = tuple(turns), reply["content"]
     else:
-        mapped = {spec.prompt, spec.response}
+        mapped = {spec.prompt}
         prompt = _text(_column(columns, spec.prompt, "prompt", place), spec.prompt, place)
-        response = _text(_column(columns, spec.response, "response", place), spec.response, place)
-    if not response.strip():
+        if spec.response is not None:
+            mapped.add(spec.response)
+            response = _text(_column(columns, spec.response, "response", place), spec.response, place)
+    if spec.response is not None and not response.strip():
         raise DataError(f"{place} has an empty response; every example needs one")
     meta = {k: v for k, v in columns.items() if k not in mapped | {"id", "meta"}}
     if isinstance(columns.get("meta"), Mapping):
@@ -182,8 +193,7 @@ def _unicode(text: str, place: str) -> str:
     return text
 
 
-def _conversation(value: Any, place: str) -> tuple[tuple[dict[str, str], ...], str]:
-    """Cuts a conversation at its last assistant message; turns after it have no reply to learn."""
+def _messages(value: Any, place: str) -> list[Mapping[str, str]]:
     messages = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else None
     if messages is None or not all(
         isinstance(m, Mapping) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
@@ -192,11 +202,15 @@ def _conversation(value: Any, place: str) -> tuple[tuple[dict[str, str], ...], s
         raise DataError(
             f"{place} has malformed messages; they must be a list of objects with the strings 'role' and 'content'"
         )
-    replies = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-    if not replies:
-        raise DataError(f"{place} has no message with the role 'assistant' to learn from")
-    turns = tuple({"role": m["role"], "content": _unicode(m["content"], place)} for m in messages[: replies[-1]])
-    return turns, _unicode(messages[replies[-1]]["content"], place)
+    return messages
+
+
+def _turns(messages: list[Mapping[str, str]], last: str, purpose: str, place: str) -> tuple[dict[str, str], ...]:
+    """A conversation up to the last message of one role; what comes after it is not used."""
+    turns = [i for i, m in enumerate(messages) if m["role"] == last]
+    if not turns:
+        raise DataError(f"{place} has no message with the role '{last}' {purpose}")
+    return tuple({"role": m["role"], "content": _unicode(m["content"], place)} for m in messages[: turns[-1] + 1])
 
 
 def _choices(columns: dict[str, Any], place: str) -> tuple[tuple[str, ...], int | None]:

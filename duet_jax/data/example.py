@@ -14,7 +14,8 @@ class Example:
     Attributes:
       id: unique within its domain.
       prompt: text, possibly empty (language modelling), or the chat messages before the reply.
-      response: what the model should write; never empty.
+      response: what the model should write; "" in an example without labels, which can only be asked and not trained
+        on, and in no other.
       choices: the choices of a multiple-choice question, else ().
       answer_index: index of the right choice, from 0.
       answers: accepted short answers, where the response says more than the answer.

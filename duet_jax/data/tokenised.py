@@ -55,6 +55,15 @@ class Encoded:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    def take(self, rows: Sequence[int] | np.ndarray) -> Encoded:
+        """Some of the examples, in the order of their numbers `rows`."""
+        return Encoded(
+            tuple(self.tokens[row] for row in rows),
+            self.prompt_lengths[np.asarray(rows, np.int64)],
+            tuple(self.ids[row] for row in rows),
+            tuple(self.cut[row] for row in rows) if self.cut else (),
+        )
+
     @property
     def truncated(self) -> int:
         """Examples that lost tokens to the maximum length."""
@@ -98,11 +107,17 @@ def encode(
       name: of the domain, for messages.
 
     Raises:
-      DataError: all examples would be dropped.
+      DataError: an example has no response, or all examples would be dropped.
       ValueError: `max_length` is below 2.
     """
     if max_length < 2:
         raise ValueError(f"max_length must be at least 2 tokens, not {max_length}")
+    for example in examples:
+        if not example.response:
+            raise DataError(
+                f"domain '{name}': the example '{example.id}' has no response to train on or to score; name the column "
+                f"that holds it, or use the example only where replies are sampled and rewarded"
+            )
     prompts = _prompt_ids(examples, tokenizer, chat)
     responses = tokenizer.encode_batch([example.response for example in examples])
     end = list(tokenizer.eos_ids[:1])

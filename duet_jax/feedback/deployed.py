@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from functools import cached_property, lru_cache
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,10 @@ from jax import Array
 from duet_jax import models
 from duet_jax.data import Encoded, Example, encode, encode_prompts, gather_batch, plan_batches
 from duet_jax.kernels.linear_cross_entropy import token_log_probs
-from duet_jax.models import generate, llama
+from duet_jax.models import llama
 from duet_jax.models import lora as adapters
+from duet_jax.models.generate import Samples, generate
+from duet_jax.models.sampling import GREEDY, Sampling
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -62,17 +64,6 @@ class Engine:
 
         return score
 
-    @lru_cache(maxsize=8)  # noqa: B019 - an engine lives as long as its study
-    def generator(self, max_new_tokens: int) -> generate.Generate:
-        """The compiled greedy decoder for replies of at most `max_new_tokens`."""
-        return generate.make_generate(
-            self.model.config,
-            max_new_tokens=max_new_tokens,
-            stop_ids=self.model.tokenizer.eos_ids,
-            pad_id=self.model.tokenizer.pad_id,
-            compute_dtype=self.compute_dtype,
-        )
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Deployed:
@@ -99,18 +90,50 @@ class Deployed:
             sums[rows] = np.asarray(values)[: len(rows)]
         return sums
 
-    def answer(self, prompts: Encoded, max_new_tokens: int, batch_size: int) -> list[str]:
+    def sample(
+        self,
+        prompts: Encoded,
+        sampling: Sampling,
+        *,
+        samples: int,
+        max_new_tokens: int,
+        batch_size: int,
+        seed: int,
+        stop_strings: Sequence[str] = (),
+        on_progress: Callable[[int, int], None] = lambda done, of: None,
+    ) -> Samples:
+        """Replies to encoded prompts, in the prompts' order, `batch_size` at a time; see `models.generate`."""
+        return generate(
+            self.engine.model.config,
+            self.params,
+            self.lora,
+            prompts.tokens,
+            self.engine.model.tokenizer,
+            sampling=sampling,
+            max_new_tokens=max_new_tokens,
+            buckets=self.engine.buckets,
+            rows=batch_size,
+            samples=samples,
+            stop_strings=stop_strings,
+            seed=seed,
+            compute_dtype=self.engine.compute_dtype,
+            on_progress=on_progress,
+        )
+
+    def answer(
+        self, prompts: Encoded, max_new_tokens: int, batch_size: int, stop_strings: Sequence[str] = ()
+    ) -> list[str]:
         """Greedy replies to encoded prompts, as text without special tokens, in the prompts' order."""
-        tokenizer, replies = self.engine.model.tokenizer, [""] * len(prompts)
-        decoder = self.engine.generator(max_new_tokens)
-        for length, rows in plan_batches(prompts.lengths, self.engine.buckets, batch_size):
-            batch = gather_batch(prompts, rows, length, batch_size, tokenizer.pad_id)
-            lengths = np.ones(batch_size, np.int32)
-            lengths[: len(rows)] = np.maximum(prompts.lengths[rows], 1)
-            ids, counts = jax.device_get(decoder(self.params, self.lora, batch.tokens, lengths))
-            for i, row in enumerate(rows):
-                replies[row] = tokenizer.decode(ids[i, : counts[i]].tolist())
-        return replies
+        found = self.sample(
+            prompts,
+            GREEDY,
+            samples=1,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            seed=0,
+            stop_strings=stop_strings,
+        )
+        return [texts[0] for texts in found.texts]
 
     def export(self, folder: str | Path) -> Path:
         """Writes the trained model, adapters merged, as a Hugging Face folder, and returns its path."""

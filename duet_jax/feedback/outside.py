@@ -18,8 +18,8 @@ from duet_jax.feedback.deployed import Deployed
 from duet_jax.types import Feedback
 
 
-def load_function(name: str) -> Callable[[Deployed], Any]:
-    """The function named `module:function`; modules of the working directory are found too.
+def load_function(name: str, field: str = "task.function") -> Callable[..., Any]:
+    """The function named `module:function` in a field; modules of the working directory are found too.
 
     Raises:
       ConfigError: there is no such module or function.
@@ -29,12 +29,12 @@ def load_function(name: str) -> Callable[[Deployed], Any]:
     try:
         function = getattr(importlib.import_module(module_name), function_name, None)
     except ImportError as error:
-        raise ConfigError(f"task.function: the module '{module_name}' cannot be imported: {error}") from error
+        raise ConfigError(f"{field}: the module '{module_name}' cannot be imported: {error}") from error
     finally:
         sys.path.remove(os.getcwd())
     if not callable(function):
         raise ConfigError(
-            f"task.function: the module '{module_name}' has no function '{function_name}'; write it as module:function."
+            f"{field}: the module '{module_name}' has no function '{function_name}'; write it as module:function."
         )
     return function
 

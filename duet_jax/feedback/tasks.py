@@ -16,6 +16,7 @@ from duet_jax.data import Encoded, Example
 from duet_jax.errors import DataError
 from duet_jax.feedback import answers
 from duet_jax.feedback.deployed import Deployed, Engine, response_tokens
+from duet_jax.feedback.rewards import Reward, build_reward
 from duet_jax.types import Feedback
 
 if TYPE_CHECKING:
@@ -125,6 +126,22 @@ class Generative:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Rewarded:
+    """Mean reward of greedy answers, each ended by the end of text, a stop string or `max_new_tokens`."""
+
+    prompts: Encoded
+    examples: tuple[Example, ...]
+    reward: Reward
+    stop: tuple[str, ...]
+    max_new_tokens: int
+    batch_size: int
+
+    def __call__(self, model: Deployed) -> Feedback:
+        replies = model.answer(self.prompts, self.max_new_tokens, self.batch_size, stop_strings=self.stop)
+        return _mean(self.reward(replies, self.examples), self.reward.name)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class WeightedSum:
     """Sum of weighted tasks. The tasks' errors are taken as independent."""
 
@@ -144,7 +161,7 @@ def build(config: TaskConfig, engine: Engine, examples: Sequence[Example], name:
     """A built-in task of one set of examples; everything is encoded here, before anything is trained.
 
     Raises:
-      DataError: an example lacks what the task needs, or none fits the maximum length.
+      DuetError: an example lacks what the task needs, or none fits the maximum length.
     """
     if config.kind in ("response_loss", "perplexity"):
         encoded = engine.encode(examples, name)
@@ -152,6 +169,11 @@ def build(config: TaskConfig, engine: Engine, examples: Sequence[Example], name:
     if config.kind == "multiple_choice":
         per_byte = config.normalisation == "length"
         return MultipleChoice.build(engine, examples, name, config.batch_size, per_byte)
+    if config.reward is not None:
+        reward = build_reward(config.reward)
+        reward.check(examples)
+        prompts = engine.encode_prompts(examples)
+        return Rewarded(prompts, tuple(examples), reward, config.stop, config.max_new_tokens, config.batch_size)
     return Generative(
         engine.encode_prompts(examples),
         tuple(example.answers or (example.response,) for example in examples),

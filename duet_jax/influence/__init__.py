@@ -1,6 +1,7 @@
 """What single training examples do: per-example gradients, sketched, kept and compared."""
 
 from duet_jax.influence.any_loss import of_any_loss
+from duet_jax.influence.estimator import PAPER_CODE, Estimator
 from duet_jax.influence.features import Adam, FrozenAdam, Gradient, Moments, RankOne, Sign, moments
 from duet_jax.influence.gradients import ExampleGradients, Examples
 from duet_jax.influence.projections import CountSketch, Kronecker, KroneckerSketch, Rademacher
@@ -9,6 +10,7 @@ from duet_jax.influence.tap import InnerProducts, SecondMoments, Sketch, Squared
 __all__ = [
     "Adam",
     "CountSketch",
+    "Estimator",
     "ExampleGradients",
     "Examples",
     "FrozenAdam",
@@ -17,6 +19,7 @@ __all__ = [
     "Kronecker",
     "KroneckerSketch",
     "Moments",
+    "PAPER_CODE",
     "Rademacher",
     "RankOne",
     "SecondMoments",

@@ -11,7 +11,7 @@ from duet_jax.errors import DataError
 from duet_jax.influence import quantise
 from duet_jax.influence.quantise import RowFormat
 
-Loss = Literal["sum", "mean"]
+Loss = Literal["sum", "mean", "policy_gradient"]
 LAYOUT = 1
 
 
@@ -25,7 +25,7 @@ class Header:
       seed: of the projection, below 2**32.
       k: coordinates of a row, a multiple of 32.
       feature: what is projected: 'sgd' for the plain gradient, otherwise the name of the map and its variant.
-      loss: whether an example's loss is the sum or the mean of its tokens'.
+      loss: whether an example's loss is the sum or the mean of its tokens', or a prompt's is minus its expected reward.
       rows: number of examples.
       model: fingerprint of the base model.
       adapter: hash of the LoRA factors, or of what was trained; empty for none.
@@ -63,7 +63,7 @@ class Header:
         rules = {
             "seed": (0 <= self.seed < 2**32, "at least 0 and below 2**32"),
             "k": (self.k >= 32 and self.k % 32 == 0, "a positive multiple of 32"),
-            "loss": (self.loss in get_args(Loss), "'sum' or 'mean'"),
+            "loss": (self.loss in get_args(Loss), "'sum', 'mean' or 'policy_gradient'"),
             "rows": (self.rows >= 1, "at least 1"),
             "format": (self.format in quantise.FORMATS, f"one of {', '.join(quantise.FORMATS)}"),
             "shard_size": (self.shard_size >= 1, "at least 1"),
@@ -115,13 +115,14 @@ def require_comparable(train: Header, target: Header) -> None:
 
     The feature must be the same, or that of the targets 'sgd': an example's influence is the product of the step that
     it causes, which the optimiser may have shaped, with the plain gradient of a target (LESS, section 3).
+    A policy gradient is a target of its own, beside training rows of either loss.
 
     Raises:
       DataError: they may not; the sentence names the first differing field and both values.
     """
     differing = train.differences(target)
     for name in _SHARED:
-        if name in differing:
+        if name in differing and (name, target.loss) != ("loss", "policy_gradient"):
             ours, theirs = differing[name]
             raise DataError(
                 f"The stores cannot be compared: {name} is {ours!r} for the training rows and {theirs!r} for the "

@@ -32,7 +32,8 @@ class Scoring:
 
     Attributes:
       similarity: of a training example z and a subtask's targets v_1..v_J. 'dot': mean_j <z, v_j>, which is
-        <z, mean_j v_j>. 'mean_of_cosines': mean_j cos(z, v_j). 'cosine_of_mean': cos(z, mean_j v_j).
+        <z, mean_j v_j>. 'mean_of_cosines': mean_j cos(z, v_j), over the targets that are not 0, for which there is no
+        cosine. 'cosine_of_mean': cos(z, mean_j v_j).
       aggregate: of a training example's scores s over subtasks, checkpoints added up. 'max', 'mean', or 'softmax':
         their mean with weights softmax(s / temperature), between the two.
       temperature: in units of the scores.
@@ -131,12 +132,13 @@ def queries(targets: np.ndarray, subtasks: np.ndarray, similarity: Similarity) -
     Returns:
       float32 `[subtasks, k]`; for the two cosines, products are to be divided by the training example's norm.
     """
+    counted = counts = np.bincount(subtasks)
     if similarity == "mean_of_cosines":
         targets = _unit(targets)
-    counts = np.bincount(subtasks)
+        counted = np.maximum(np.bincount(subtasks[targets.any(axis=1)], minlength=len(counts)), 1)
     # On the host and in order: sums of segments on an accelerator may differ between runs.
     ordered = targets[np.argsort(subtasks, kind="stable")]
-    means = np.add.reduceat(ordered, np.cumsum(counts) - counts, axis=0) / counts[:, None].astype(np.float32)
+    means = np.add.reduceat(ordered, np.cumsum(counts) - counts, axis=0) / counted[:, None].astype(np.float32)
     return _unit(means) if similarity == "cosine_of_mean" else means
 
 

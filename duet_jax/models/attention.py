@@ -42,12 +42,26 @@ def causal_attention(q: Array, k: Array, v: Array, window: int | None = None) ->
 
 
 def cached_attention(q: Array, k: Array, v: Array, lengths: Array, window: int | None = None) -> Array:
-    """Attention of one query a row, `[B, 1, N, H]`, over the first `lengths [B]` slots of a cache `[B, S, K, H]`."""
-    slots = jnp.arange(k.shape[1])[None, :]
-    visible = slots < lengths[:, None]
+    """Attention of one query a row over the first `lengths [B]` slots of a cache.
+
+    Args:
+      q: `[B, 1, N, H]`.
+      k: `[B, K, S, H]`: a head's slots lie side by side, as products with them read them.
+      v: `[B, K, S, H]`, of the dtype of k.
+      lengths: int32 `[B]`, the query's own slot included.
+      window: as for `causal_attention`.
+
+    Returns:
+      `[B, 1, N, H]` in the dtype of q. Products take factors of the cache's dtype; scores and softmax are float32.
+    """
+    batch, heads, slots, size = k.shape
+    position = jnp.arange(slots)[None, :]
+    visible = position < lengths[:, None]
     if window is not None:
-        visible &= slots >= lengths[:, None] - window
-    return jax.nn.dot_product_attention(q, k, v, mask=visible[:, None, None, :], implementation="xla")
+        visible &= position >= lengths[:, None] - window
+    scores = _dot(q.reshape(batch, heads, -1, size).astype(k.dtype), k, (3, 3)) * size**-0.5
+    weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, HIDDEN), axis=-1)
+    return _dot(weights.astype(v.dtype), v, (3, 2)).reshape(q.shape).astype(q.dtype)
 
 
 def _dot(x: Array, y: Array, axes: tuple[int, int]) -> Array:

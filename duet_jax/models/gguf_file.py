@@ -18,7 +18,8 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
 from duet_jax.errors import ModelError
-from duet_jax.models.llama import LlamaConfig, Params, RopeScaling, rope_frequencies
+from duet_jax.models.llama import LlamaConfig, Params
+from duet_jax.models.rope import RopeScaling, rope_frequencies
 from duet_jax.models.tokenizer import Tokenizer
 from duet_jax.models.weights import Tensors, stack
 

@@ -9,7 +9,6 @@ as pure functions of `(config, params)`, which is what the rest of the library c
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, Literal
@@ -19,28 +18,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from duet_jax.models.attention import cached_attention, causal_attention
+from duet_jax.models.attention import causal_attention
 from duet_jax.models.linear import Taps, matmul, untapped
 from duet_jax.models.lora import Lora, adapt
 from duet_jax.models.packed import KEEP, keep, pack, unpack
+from duet_jax.models.rope import RopeScaling, rotate, rotation
 
 Params = dict[str, Any]
 Remat = Literal["none", "products", "full"]
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeScaling:
-    """How rotary frequencies are stretched for longer contexts.
-
-    `linear` divides positions by `factor`; `llama3` divides only the low frequencies and blends in between
-    (the Llama 3.1 release).
-    """
-
-    kind: Literal["linear", "llama3"]
-    factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_length: int = 8192
+# Queries [B, T, N, H], keys and values [B, T, K, H] of new tokens to mixed values [B, T, N, H].
+Attend = Callable[[Array, Array, Array], Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,36 +53,6 @@ class LlamaConfig:
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}.")
-
-
-def rope_frequencies(config: LlamaConfig) -> Array:
-    """Angle per position of each rotary pair, float32 `[head_dim // 2]`, radians."""
-    half = config.head_dim // 2
-    frequencies = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    scaling = config.rope_scaling
-    if scaling is None:
-        return frequencies
-    if scaling.kind == "linear":
-        return frequencies / scaling.factor
-    turns = scaling.original_max_length * frequencies / (2 * math.pi)
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    kept = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
-    return frequencies * (kept + (1 - kept) / scaling.factor)
-
-
-def rotation(config: LlamaConfig, positions: Array) -> tuple[Array, Array]:
-    """Cosines and sines, float32 `[B, T, 1, head_dim // 2]`, of the angles at positions `[B, T]`."""
-    # Once for all layers: inside of them they would be computed again for every element that is rotated.
-    angles = positions.astype(jnp.float32)[..., None, None] * rope_frequencies(config)
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(x: Array, by: tuple[Array, Array]) -> Array:
-    """Rotary embedding of `x [B, T, N, H]` by `rotation`, halves convention."""
-    cos, sin = by
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)
 
 
 def rms_norm(x: Array, scale: Array, eps: float, dtype: jnp.dtype) -> Array:
@@ -175,30 +132,19 @@ class Block(nnx.Module):
         x: Array,
         adapters: dict,
         pass_: Pass,
-        cache: tuple[Array, Array, Array] | None = None,
-    ) -> tuple[Array, tuple[Array, Array]]:
-        """Residual stream `[B, T, D]` float32 in and out; also this layer's keys and values `[B, T, K, H]`.
-
-        With `cache = (keys, values, position)` the one new token of each row attends to the cache as well.
-        """
+        attend: Attend | None = None,
+    ) -> Array:
+        """Residual stream `[B, T, D]` float32 in and out; `attend` takes the place of causal attention."""
         config = self.config
         normed = rms_norm(x, self.attention_norm[...], config.rms_norm_eps, pass_.dtype)
         q, k, v = self._heads(normed, adapters, pass_)
-        if cache is None:
-            mixed = causal_attention(q, k, v, config.sliding_window)
-        else:
-            keys, values, position = cache
-            rows = jnp.arange(x.shape[0])
-            keys = keys.at[rows, position].set(k[:, 0])
-            values = values.at[rows, position].set(v[:, 0])
-            mixed = cached_attention(q, keys, values, position + 1, config.sliding_window)
+        mixed = causal_attention(q, k, v, config.sliding_window) if attend is None else attend(q, k, v)
         mixed = mixed.reshape(*x.shape[:2], -1)
         x = x + keep(self.o("o", mixed, adapters.get("o"), pass_)).astype(x.dtype)
         normed = rms_norm(x, self.mlp_norm[...], config.rms_norm_eps, pass_.dtype)
         gate = keep(self.gate("gate", normed, adapters.get("gate"), pass_))
         up = keep(self.up("up", normed, adapters.get("up"), pass_))
-        x = x + self.down("down", gated(gate, up), adapters.get("down"), pass_).astype(x.dtype)
-        return x, (k, v)
+        return x + self.down("down", gated(gate, up), adapters.get("down"), pass_).astype(x.dtype)
 
 
 class Llama(nnx.Module):
@@ -223,26 +169,22 @@ class Llama(nnx.Module):
         lora: Lora | None,
         dropout_key: Array | None,
         pass_: Pass,
-        cache: tuple[Array, Array, Array] | None = None,
-        keep_kv: bool = False,
         taps: Taps | None = None,
-    ) -> tuple[Array, tuple[Array, Array] | None]:
-        """Final-norm hidden states float32 `[B, T, D]`, and the stacked new keys and values where kept."""
+    ) -> Array:
+        """Final-norm hidden states float32 `[B, T, D]`."""
         block_def, layers = nnx.split(self.layers)
 
-        def layer(x: Array, inputs: tuple) -> tuple[Array, tuple[Array, Array] | None]:
-            params, adapters, key, kv, watched = inputs
+        def layer(x: Array, inputs: tuple) -> tuple[Array, None]:
+            params, adapters, key, watched = inputs
             if key is not None:
                 adapters = {
                     name: {**adapter, "key": jax.random.fold_in(key, i)}
                     for i, (name, adapter) in enumerate(sorted(adapters.items()))
                 }
-            layer_cache = None if cache is None else (*kv, cache[2])
             this = pass_
             if taps is not None:
                 this = dataclasses.replace(pass_, tap=lambda name, x, y: taps.observe(name, watched, x, y))
-            x, new_kv = nnx.merge(block_def, params)(x, adapters, this, layer_cache)
-            return x, new_kv if keep_kv else None
+            return nnx.merge(block_def, params)(x, adapters, this), None
 
         if pass_.remat != "none":
             layer = jax.checkpoint(layer, policy=KEEP if pass_.remat == "products" else None)
@@ -250,11 +192,10 @@ class Llama(nnx.Module):
         keys = None
         if lora is not None and dropout_key is not None:
             keys = jax.random.split(dropout_key, self.config.num_layers)
-        kv = None if cache is None else cache[:2]
         x = self.embedding[...][tokens].astype(jnp.float32)
         watched = None if taps is None else taps.layers
-        x, new_kv = jax.lax.scan(layer, x, (layers, adapters, keys, kv, watched))
-        return rms_norm(x, self.norm[...], self.config.rms_norm_eps, jnp.float32), new_kv
+        x, _ = jax.lax.scan(layer, x, (layers, adapters, keys, watched))
+        return rms_norm(x, self.norm[...], self.config.rms_norm_eps, jnp.float32)
 
 
 @lru_cache(maxsize=64)
@@ -332,65 +273,4 @@ def hidden_states(
     """
     positions = jnp.arange(tokens.shape[1])[None]
     pass_ = Pass(compute_dtype, rotation(config, positions), remat)
-    return _module(config, params)(tokens, lora, dropout_key, pass_, taps=taps)[0]
-
-
-def prefill(
-    config: LlamaConfig,
-    params: Params,
-    tokens: Array,
-    *,
-    cache_length: int,
-    lora: Lora | None = None,
-    compute_dtype: Any = jnp.float32,
-) -> tuple[Array, tuple[Array, Array]]:
-    """Hidden states of prompts, and a key/value cache with room for `cache_length` tokens a row.
-
-    Args:
-      tokens: int32 `[B, T]`, padded on the right; `T <= cache_length`.
-
-    Returns:
-      float32 `[B, T, D]` and `(keys, values)`, each `[L, B, cache_length, kv_heads, head_dim]`. Slots of
-      padding hold keys that no query sees: `decode` overwrites a slot before it is attended to.
-    """
-    positions = jnp.arange(tokens.shape[1])[None]
-    hidden, kv = _module(config, params)(
-        tokens, lora, None, Pass(compute_dtype, rotation(config, positions)), keep_kv=True
-    )
-    room = [(0, 0), (0, 0), (0, cache_length - tokens.shape[1]), (0, 0), (0, 0)]
-    assert kv is not None
-    return hidden, (jnp.pad(kv[0], room), jnp.pad(kv[1], room))
-
-
-def decode(
-    config: LlamaConfig,
-    params: Params,
-    token: Array,
-    position: Array,
-    cache: tuple[Array, Array],
-    *,
-    lora: Lora | None = None,
-    compute_dtype: Any = jnp.float32,
-) -> tuple[Array, tuple[Array, Array]]:
-    """One token a row through the network.
-
-    Args:
-      token: int32 `[B]`.
-      position: int32 `[B]`, the slot each token takes; the rows need not agree.
-      cache: as `prefill` returns it.
-
-    Returns:
-      float32 hidden states `[B, D]` and the cache with the new keys and values written.
-    """
-    hidden, new_kv = _module(config, params)(
-        token[:, None],
-        lora,
-        None,
-        Pass(compute_dtype, rotation(config, position[:, None])),
-        (*cache, position),
-        keep_kv=True,
-    )
-    assert new_kv is not None
-    rows = jnp.arange(token.shape[0])
-    keys, values = (old.at[:, rows, position].set(new[:, :, 0]) for old, new in zip(cache, new_kv, strict=True))
-    return hidden[:, 0], (keys, values)
+    return _module(config, params)(tokens, lora, dropout_key, pass_, taps=taps)

@@ -129,11 +129,12 @@ def _load_path(path: Path, name: str, dtype: Any) -> Model:
         config, params, tokenizer = gguf_file.read(path, dtype=dtype)
     else:
         raise ModelError(f"{name} is no model; it must be a folder or a .gguf file.")
-    _check_vocabulary(config, tokenizer, name)
+    check_vocabulary(config, tokenizer, name)
     return Model(config, params, tokenizer, name, fingerprint(config, params))
 
 
-def _check_vocabulary(config: LlamaConfig, tokenizer: Tokenizer, name: str) -> None:
+def check_vocabulary(config: LlamaConfig, tokenizer: Tokenizer, name: str) -> None:
+    """Raises a ModelError where a tokenizer has ids that a model has not."""
     if tokenizer.vocab_size > config.vocab_size:
         raise ModelError(
             f"{name}: the tokenizer has {tokenizer.vocab_size} tokens, but the model only "

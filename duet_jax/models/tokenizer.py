@@ -9,8 +9,9 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
+import re
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,17 @@ from duet_jax.errors import ModelError
 # Some templates print today's date into the system message. A study resumed the next day must train on the same
 # tokens, so the date stands still at the one that the Llama 3 templates fall back on.
 TEMPLATE_DATE = datetime.datetime(2024, 7, 26)
+
+
+def _byte_of() -> dict[str, int]:
+    """The byte behind each character of a byte-level vocabulary: those that can be printed stand for themselves, the
+    others for the characters from 256 on, in order (Radford et al. 2019, section 2.2)."""
+    printed = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
+    others = [byte for byte in range(256) if byte not in printed]
+    return {chr(byte): byte for byte in printed} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTE_OF = _byte_of()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +83,32 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """Text of token ids, by default without special tokens."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+
+    @cached_property
+    def token_bytes(self) -> tuple[bytes, ...]:
+        """What each id adds to a text that goes on, `[vocab_size]`; special tokens add nothing.
+
+        Joined, they are the text of a continuation as it is. `decode` is not: of SentencePiece's tokens it drops a
+        space at the beginning, which a reply to a prompt may well begin with.
+        """
+        content = json.loads(self.backend.to_str())
+        added = {token["id"]: token for token in content["added_tokens"]}
+        decoder = content["decoder"] or {}
+        parts = {part["type"] for part in decoder.get("decoders", [decoder]) if part}
+        spelled = {i: word for word, i in self.backend.get_vocab(with_added_tokens=True).items()}
+        found = []
+        for i in range(self.vocab_size):
+            if i in added or i not in spelled:
+                plain = i in added and not added[i]["special"]
+                found.append(added[i]["content"].encode() if plain else b"")
+            elif "ByteLevel" in parts:
+                found.append(bytes(_BYTE_OF[character] for character in spelled[i]))
+            elif parts & {"ByteFallback", "Metaspace"}:
+                byte = re.fullmatch(r"<0x([0-9A-F]{2})>", spelled[i])
+                found.append(bytes.fromhex(byte[1]) if byte else spelled[i].replace("\u2581", " ").encode())
+            else:
+                found.append(self.decode([i]).encode())
+        return tuple(found)
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False) -> str:
         """A conversation as the text the model was trained on.

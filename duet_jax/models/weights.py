@@ -20,7 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from duet_jax.errors import ModelError
-from duet_jax.models.llama import LlamaConfig, Params, RopeScaling, shapes
+from duet_jax.models.llama import LlamaConfig, Params, shapes
+from duet_jax.models.rope import RopeScaling
 from duet_jax.models.tokenizer import read_json
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
@@ -125,20 +126,9 @@ def _check(tensors: Tensors, expected: Mapping[str, tuple[int, ...]]) -> None:
 
 def read_folder(folder: Path, *, dtype: Any) -> tuple[LlamaConfig, Params]:
     """Configuration and parameters of a Hugging Face folder with safetensors weights."""
-    raw = read_json(folder / "config.json")
-    if not raw:
-        raise ModelError(f"{folder} has no config.json; expected a Hugging Face model folder.")
-    config = parse_config(raw, source=str(folder / "config.json"))
-    tensors = _open_safetensors(folder)
-    kept = dict(tensors.shapes)
-    for name in tensors.shapes:
-        if name.endswith("rotary_emb.inv_freq"):  # a buffer that old files carry
-            del kept[name]
-        elif re.fullmatch(r"model\.layers\.\d+\.self_attn\.o_proj\.bias", name):
-            # `attention_bias` gives the output projection a bias as well, which our decoder has not.
-            if np.any(tensors.read(name)):
-                raise ModelError(f"{folder}: {name} is not zero, and a bias after attention is not supported.")
-            del kept[name]
+    config = parse_config(read_config(folder), source=str(folder / "config.json"))
+    tensors = open_safetensors(folder)
+    kept = used_shapes(tensors)
     head, embedding = NAMES["head"], NAMES["embedding"]
     if config.tie_embeddings and head in kept:
         if not np.array_equal(tensors.read(head), tensors.read(embedding)):
@@ -149,7 +139,29 @@ def read_folder(folder: Path, *, dtype: Any) -> tuple[LlamaConfig, Params]:
     return config, stack(config, dataclasses.replace(tensors, shapes=kept), NAMES, dtype=dtype)
 
 
-def _open_safetensors(folder: Path) -> Tensors:
+def read_config(folder: Path) -> dict[str, Any]:
+    """The `config.json` of a Hugging Face folder. Raises ModelError where there is none."""
+    raw = read_json(folder / "config.json")
+    if not raw:
+        raise ModelError(f"{folder} has no config.json; expected a Hugging Face model folder.")
+    return raw
+
+
+def used_shapes(tensors: Tensors) -> dict[str, tuple[int, ...]]:
+    """Shapes of all tensors but those that old or wider formats carry without effect."""
+    kept = dict(tensors.shapes)
+    for name in tensors.shapes:
+        if name.endswith("rotary_emb.inv_freq"):  # a buffer that old files carry
+            del kept[name]
+        elif re.fullmatch(r"model\.layers\.\d+\.self_attn\.o_proj\.bias", name):
+            # `attention_bias` gives the output projection a bias as well, which our decoder has not.
+            if np.any(tensors.read(name)):
+                raise ModelError(f"{tensors.source}: {name} is not zero, and a bias after attention is not supported.")
+            del kept[name]
+    return kept
+
+
+def open_safetensors(folder: Path) -> Tensors:
     """All tensors of `model.safetensors` or of the shards in `model.safetensors.index.json`."""
     index_path = folder / "model.safetensors.index.json"
     index = read_json(index_path).get("weight_map", {})

@@ -7,17 +7,45 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from duet_jax._decode import encode as plain
 from duet_jax.config import SelectorConfig
-from duet_jax.data import Encoded
+from duet_jax.data import Encoded, Example
+from duet_jax.feedback import Engine
+from duet_jax.feedback.rewards import Reward
 from duet_jax.influence.build import Batching, Point, Progress
 from duet_jax.influence.features import Moments
 from duet_jax.influence.gradients import ExampleGradients
+from duet_jax.models.generate import Samples
 from duet_jax.training.sft import Trained, Trainer, TrainState
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Asked:
+    """What a selector needs that has the model answer, of the prompts of `Pool.sets`.
+
+    Attributes:
+      engine: makes samplers of checkpoints.
+      examples: of all sets, one after the other.
+      reward: how good a reply to an example is.
+      external: replies that are there already, or None.
+    """
+
+    engine: Engine
+    examples: tuple[Example, ...]
+    reward: Reward
+    external: Samples | None = None
+
+    @property
+    def identity(self) -> list[Any]:
+        """What of it decides scores besides the prompts, as values of JSON."""
+        read = [dataclasses.astuple(example) for example in self.examples]
+        digest = hashlib.sha256(json.dumps(read, sort_keys=True, default=str).encode()).hexdigest()
+        return [self.reward.identity, digest, None if self.external is None else self.external.texts]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -29,11 +57,13 @@ class Pool:
       train: training examples of each.
       validation: held-out examples of each.
       targets: named sets that all examples are scored for; none: each domain's examples for its own `validation`.
+        Held-out examples and targets are prompts alone where the model is `asked`.
       trainer: compiled training.
       fingerprint: of the base model.
       seed: of samples and of training.
       say: is given one line of news at a time.
       on_progress: is given what is done, how much of it is done, and of how much.
+      asked: of selectors that have the model answer.
     """
 
     names: tuple[str, ...]
@@ -45,25 +75,40 @@ class Pool:
     seed: int
     say: Callable[[str], None] = lambda line: None
     on_progress: Callable[[str, int, int], None] = lambda name, done, of: None
+    asked: Asked | None = None
 
     def digest(self, selector: SelectorConfig) -> str:
         """A hash of everything that decides the scores, hexadecimal."""
         chosen = plain(selector)
         # The files behind the targets are known by their examples, and the rule comes after the scores.
-        for name in ("targets", "rule", "fraction", "path"):
+        for name in ("targets", "rule", "fraction", "path", "reward"):
             del chosen[name]
+        policy = chosen.pop("policy")
         parts = [*self.train, *self.validation, *(examples for _, examples in self.targets)]
-        whole = {
+        whole = self.training_identity(self.trainer) | {
             "selector": chosen,
-            "model": self.fingerprint,
-            "training": repr(self.trainer.settings),
-            "dtype": str(jnp.dtype(self.trainer.compute_dtype)),
-            "buckets": self.trainer.buckets,
-            "seed": self.seed,
             "examples": [part.digest for part in parts],
             "targets": [name for name, _ in self.targets],
         }
+        if self.asked is not None:
+            del policy["external"]
+            whole |= {"policy": policy, "asked": self.asked.identity}
         return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
+
+    def training_identity(self, trainer: Trainer) -> dict[str, Any]:
+        """What decides a training besides its examples, as values of JSON."""
+        return {
+            "model": self.fingerprint,
+            "training": repr(trainer.settings),
+            "dtype": str(jnp.dtype(trainer.compute_dtype)),
+            "buckets": trainer.buckets,
+            "seed": self.seed,
+        }
+
+    @property
+    def sets(self) -> tuple[tuple[str, Encoded], ...]:
+        """Named examples that are scored for: the targets, or each domain's own."""
+        return self.targets or tuple(zip(self.names, self.validation, strict=True))
 
     @property
     def batching(self) -> Batching:

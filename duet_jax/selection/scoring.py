@@ -11,9 +11,10 @@ from duet_jax.config import SelectorConfig
 from duet_jax.errors import DataError
 from duet_jax.selection.influence import influence
 from duet_jax.selection.less import less
+from duet_jax.selection.nice import nice
 from duet_jax.selection.pool import Pool
 
-SELECTORS = {"influence": influence, "less": less}
+SELECTORS = {"influence": influence, "less": less, "nice": nice}
 
 
 def score(pool: Pool, selector: SelectorConfig, folder: Path) -> tuple[np.ndarray, ...]:
@@ -22,13 +23,15 @@ def score(pool: Pool, selector: SelectorConfig, folder: Path) -> tuple[np.ndarra
     Args:
       pool: what is scored, and for what.
       selector: of a kind that looks at gradients.
-      folder: of all selections. A folder in it belongs to these scores alone, and holds unfinished work too.
+      folder: of all selections. A folder in it belongs to these scores alone, and holds unfinished work too; those
+        of trajectories serve all scores that follow the same training.
 
     Returns:
       float64 `[examples]` for each domain, finite.
 
     Raises:
-      DataError: a domain or a target has no examples, or a score is not finite.
+      DataError: a domain or a target has no examples, no reply says what to prefer, or a score is not finite.
+      FeedbackError: a reward cannot be computed.
     """
     _check(pool)
     place = folder / f"{selector.kind}-{pool.digest(selector)[:16]}"
@@ -49,7 +52,7 @@ def score(pool: Pool, selector: SelectorConfig, folder: Path) -> tuple[np.ndarra
 
 
 def _check(pool: Pool) -> None:
-    for name, examples in pool.targets or zip(pool.names, pool.validation, strict=True):
+    for name, examples in pool.sets:
         if not len(examples):
             reason = (
                 "the target has no examples; give it some"

@@ -106,6 +106,25 @@ def test_the_last_assistant_message_is_the_response(tmp_path):
         assert f"y.jsonl, line 1 {text}" in message
 
 
+def test_prompts_without_responses(tmp_path):
+    path = _write(tmp_path / "x.jsonl", [{"prompt": "p", "answer": "4"}, {"prompt": "q", "response": "not read"}])
+    first, second = load_examples(_spec(path, response=None))
+    assert (first.prompt, first.response, first.answers) == ("p", "", ("4",))
+    assert (second.prompt, second.response) == ("q", "")
+    turns = [
+        {"role": r, "content": c} for r, c in (("user", "1"), ("assistant", "2"), ("user", "3"), ("assistant", "4"))
+    ]
+    chat = _write(tmp_path / "c.jsonl", [{"chat": turns}])
+    (example,) = load_examples(_spec(chat, messages="chat", response=None))
+    assert example.prompt == tuple(turns[:3]) and example.response == ""
+    chat = _write(tmp_path / "c.jsonl", [{"chat": turns[1:2]}])
+    assert "line 1 has no message with the role 'user' to reply to" in (
+        _error(_spec(chat, messages="chat", response=None))
+    )
+    walks = load_examples(_spec("synthetic:walk", response=None, options={"examples": 3}))
+    assert [walk.response for walk in walks] == [""] * 3 and all(walk.prompt for walk in walks)
+
+
 def test_repeated_ids_are_made_unique(tmp_path):
     rows = [{"id": i, "prompt": "", "response": "x"} for i in ("a", "a", 7, "a#2", "a")]
     ids = [e.id for e in load_examples(_spec(_write(tmp_path / "x.jsonl", rows)))]

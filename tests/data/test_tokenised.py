@@ -182,7 +182,8 @@ def test_character_tokenizer_round_trip(tmp_path):
     t.save(tmp_path)
     backend = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     text = "user: a\tcat\nsat Zoë é☃"
-    assert backend.encode(text).ids == t.encode(text)
+    assert backend.encode(text, add_special_tokens=False).ids == t.encode(text)
+    assert backend.encode(text).ids == t.encode(text, add_special=True)  # as transformers reads it
     assert backend.decode(t.encode(text)) == text
     encoded = encode(examples, t, chat=False, max_length=64)
     assert [t.decode(ids) for ids in encoded.tokens] == ["a\tcat\nsat\n", "user: Zo ë\né☃"]
@@ -190,3 +191,22 @@ def test_character_tokenizer_round_trip(tmp_path):
         encode(examples, t, chat=True, max_length=64)
     with pytest.raises(DataError, match="holds a character twice"):
         CharacterTokenizer("aa")
+
+
+def test_what_has_no_response_can_be_asked_and_not_trained_on():
+    t, given = Fake(), [Example("x", "a cat", "sat"), Example("y", "a dog", "")]
+    assert encode_prompts(given, t, chat=False, max_length=64).lengths.tolist() == [7, 7]
+    with pytest.raises(DataError, match="domain 'pets': the example 'y' has no response to train on or to score; name"):
+        encode(given, t, chat=False, max_length=64, name="pets")
+
+
+def test_some_of_the_examples():
+    t = Fake()
+    encoded = encode(
+        [Example(i, "ab"[: n % 3], "abc" * n) for n, i in enumerate("uvwxyz", 1)], t, chat=False, max_length=9
+    )
+    some = encoded.take([2, 0])
+    assert some.ids == ("w", "u") and some.cut == (encoded.cut[2], encoded.cut[0])
+    assert [x.tolist() for x in some.tokens] == [encoded.tokens[2].tolist(), encoded.tokens[0].tolist()]
+    assert some.prompt_lengths.tolist() == encoded.prompt_lengths[[2, 0]].tolist()
+    assert encoded.take([]).ids == () and len(encoded.take([])) == 0

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from duet_jax.kernels.linear_cross_entropy import linear_cross_entropy, token_log_probs
+from duet_jax.kernels.linear_cross_entropy import linear_cross_entropy, token_log_probs, token_predictions
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -82,3 +82,15 @@ def test_logits_of_all_tokens_never_exist():
     memory = gradient.lower(*shapes).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 4 * chunk * vocab * 4 + 4 * rows * size * 4 + 4 * vocab * size * 4
     assert memory.temp_size_in_bytes < rows * vocab * 4 / 4
+
+
+@pytest.mark.parametrize("chunk", [4, 64])
+def test_predictions_are_those_of_the_dense_logits(chunk):
+    hidden, head, labels, weights = problem(5, 0.6)
+    best = jnp.argmax(hidden @ head.T, axis=-1)
+    labels = jnp.where(jnp.arange(ROWS) % 3 == 0, best, labels).astype(jnp.int32)
+    log_probs, is_best = token_predictions(hidden, head, labels, weights != 0, chunk=chunk)
+    dense = jax.nn.log_softmax(hidden @ head.T)[jnp.arange(ROWS), labels]
+    np.testing.assert_allclose(log_probs, jnp.where(weights != 0, dense, 0.0), rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(is_best, (labels == best) | (weights == 0))
+    assert 0 < np.sum(is_best & (weights != 0)) < np.sum(weights != 0)

@@ -12,7 +12,7 @@ import pytest
 
 from duet_jax import models
 from duet_jax.errors import ModelError
-from duet_jax.models import gguf_file, llama
+from duet_jax.models import gguf_file, llama, rope
 
 LETTERS = [*"abcdefghijklmnopqrstuvwxyz", "Ġ", ".", "th", "the", "Ġthe", "an", "and"]
 TOKENS = ["<pad>", "<bos>", "<eos>", *LETTERS]
@@ -123,7 +123,7 @@ def test_halves_turn_as_pairs_did():
     turned = np.stack([split[:, :, 0] * cos - split[:, :, 1] * sin, split[:, :, 1] * cos + split[:, :, 0] * sin], 2)
     expected = gguf_file._halves(turned.reshape(pairs.shape), heads)
     halves = gguf_file._halves(pairs, heads).reshape(heads, 8, length).transpose(2, 0, 1)
-    found = llama.rotate(jnp.asarray(halves)[None], (jnp.cos(angles)[None, :, None], jnp.sin(angles)[None, :, None]))[0]
+    found = rope.rotate(jnp.asarray(halves)[None], (jnp.cos(angles)[None, :, None], jnp.sin(angles)[None, :, None]))[0]
     np.testing.assert_allclose(np.asarray(found).transpose(1, 2, 0).reshape(pairs.shape), expected, atol=1e-5)
     np.testing.assert_array_equal(gguf_file._halves(to_pairs(pairs, heads), heads), pairs)
 
@@ -249,8 +249,8 @@ def test_sentencepiece_tokenizer(tmp_path):
 
 
 def test_llama3_rope_rule_is_found(tmp_path):
-    scaled = dataclasses.replace(CONFIG, rope_scaling=llama.RopeScaling("llama3", 8.0))
-    factors = np.asarray(llama.rope_frequencies(CONFIG) / llama.rope_frequencies(scaled))
+    scaled = dataclasses.replace(CONFIG, rope_scaling=rope.RopeScaling("llama3", 8.0))
+    factors = np.asarray(rope.rope_frequencies(CONFIG) / rope.rope_frequencies(scaled))
     assert gguf_file._with_llama3_rope(CONFIG, factors, tmp_path) == scaled
     with pytest.raises(ModelError, match="not those of Llama 3"):
         gguf_file._with_llama3_rope(CONFIG, factors[::-1].copy(), tmp_path)

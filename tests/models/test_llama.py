@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from duet_jax.models import llama
+from duet_jax.models import decoding, llama, rope
 from duet_jax.models.linear import matmul
 
 PLAIN = llama.LlamaConfig(
@@ -40,11 +40,17 @@ def test_the_cache_continues_the_whole_forward_pass(name):
     config = VARIANTS[name]
     params, ids = network(config), tokens()
     whole = llama.hidden_states(config, params, ids)
-    hidden, cache = llama.prefill(config, params, ids[:, :5], cache_length=11)
-    np.testing.assert_allclose(hidden, whole[:, :5], atol=2e-5)
-    for position in range(5, 11):
-        step, cache = llama.decode(config, params, ids[:, position], jnp.full(2, position), cache)
-        np.testing.assert_allclose(step, whole[:, position], atol=2e-5)
+    decoder = decoding.unstack(config, params, None, jnp.float32)
+    # Rows of different lengths: the second one's padding is written over.
+    lengths = jnp.array([5, 3])
+    hidden, cache = decoding.prefill(config, decoder, ids[:, :5], lengths, jnp.float32)
+    np.testing.assert_allclose(hidden, whole[jnp.arange(2), lengths - 1], atol=2e-5)
+    cache = jax.tree.map(lambda x: jnp.pad(x, [(0, 0), (0, 0), (0, 6), (0, 0)]), cache)
+    for number in range(6):
+        position = lengths + number
+        token = ids[jnp.arange(2), position]
+        step, cache = decoding.step(config, decoder, token, position, cache, jnp.float32)
+        np.testing.assert_allclose(step, whole[jnp.arange(2), position], atol=2e-5)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -95,9 +101,9 @@ def test_bfloat16_stays_close():
 
 
 def test_llama3_rope_scaling_is_the_published_rule():
-    scaling = llama.RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)
+    scaling = rope.RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)
     config = dataclasses.replace(PLAIN, head_dim=128, rope_theta=500000.0, rope_scaling=scaling)
-    plain = llama.rope_frequencies(dataclasses.replace(config, rope_scaling=None))
+    plain = rope.rope_frequencies(dataclasses.replace(config, rope_scaling=None))
     expected = []
     for frequency in np.asarray(plain, np.float64):
         wavelength = 2 * math.pi / frequency
@@ -108,7 +114,7 @@ def test_llama3_rope_scaling_is_the_published_rule():
         else:
             smooth = (8192 / wavelength - 1) / (4 - 1)
             expected.append((1 - smooth) * frequency / 8 + smooth * frequency)
-    np.testing.assert_allclose(llama.rope_frequencies(config), expected, rtol=1e-5)
+    np.testing.assert_allclose(rope.rope_frequencies(config), expected, rtol=1e-5)
 
 
 def test_heads_must_divide():

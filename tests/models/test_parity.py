@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -19,12 +20,19 @@ import pytest
 from duet_jax import models
 from duet_jax.errors import ModelError
 from duet_jax.models import llama, weights
-from duet_jax.models.generate import make_generate
+from duet_jax.models.generate import Samples, generate
+from duet_jax.models.sampling import GREEDY, Sampling, draw
 
 pytestmark = pytest.mark.parity
 PYTHON = os.environ.get("DUET_TORCH_PYTHON", sys.executable)
 SCRIPT = Path(__file__).with_name("transformers_reference.py")
 STORIES = Path(__file__).resolve().parents[2].parent / "shared" / "models" / "stories260K"
+SAMPLING = [
+    {"temperature": 0.7},
+    {"temperature": 1.0, "top_k": 50, "top_p": 0.95},
+    {"temperature": 1.2, "top_p": 0.9},
+    {"temperature": 1.0, "min_p": 0.1},
+]
 TEXTS = [
     "Once upon a time, there were 3 dogs.",
     "  two  spaces,\ttab\n\nand 12345 lines;",
@@ -53,24 +61,48 @@ def logits(config, params, tokens) -> np.ndarray:
     return np.asarray(hidden @ llama.output_head(params).T)
 
 
-def greedy(model: models.Model, prompt: list[int]) -> list[int]:
-    generate = make_generate(model.config, max_new_tokens=64, stop_ids=(), pad_id=0)
-    ids, _ = generate(model.params, None, np.array([prompt], np.int32), np.array([len(prompt)], np.int32))
-    return ids[0].tolist()
+def greedy(model: models.Model, prompt: list[int]) -> Samples:
+    return generate(
+        model.config,
+        model.params,
+        None,
+        [np.array(prompt)],
+        dataclasses.replace(model.tokenizer, eos_ids=()),
+        sampling=GREEDY,
+        max_new_tokens=64,
+        buckets=(32,),
+        rows=1,
+    )
+
+
+def check_draws(rows: np.ndarray, sampling: Sampling, expected: np.ndarray) -> None:
+    """What is drawn has the log-probability that transformers gives it, and all that is likely is drawn."""
+    count = 400
+    run = jax.jit(lambda rows, uniforms: draw(rows, uniforms, sampling))
+    for row, theirs in zip(rows, expected, strict=True):
+        uniforms = (jnp.arange(count) + 0.5) / count
+        tokens, _, found = run(jnp.broadcast_to(row, (count, len(row))), uniforms)
+        np.testing.assert_allclose(found, theirs[tokens], atol=5e-3)
+        assert set(np.flatnonzero(theirs > np.log(2 / count))) <= set(np.asarray(tokens).tolist())
 
 
 def check_real_model(model: models.Model, folder: Path, text: str, tmp_path: Path, chat: bool) -> None:
     prompt = model.tokenizer.encode(text, add_special=True)
     tokens = np.random.default_rng(0).integers(3, model.config.vocab_size, (2, 96))
     tokens[0, : len(prompt)] = prompt
-    request = {"tokens": tokens.tolist(), "prompt": prompt, "texts": TEXTS}
+    request = {"tokens": tokens.tolist(), "prompt": prompt, "texts": TEXTS, "sampling": SAMPLING}
     messages = [{"role": "user", "content": "Name a colour."}, {"role": "assistant", "content": "Red."}]
     messages.append({"role": "user", "content": "Another?"})
     if chat:
         request["messages"] = messages
     expected = reference(folder, request, tmp_path)
     assert np.abs(logits(model.config, model.params, tokens) - expected["logits"]).max() < 2e-3
-    assert greedy(model, prompt) == expected["greedy"].tolist()
+    found = greedy(model, prompt)
+    assert found.ids[0, 0].tolist() == expected["greedy"].tolist()
+    np.testing.assert_allclose(found.log_probs[0, 0], expected["log_probs"], atol=2e-3)
+    rows = logits(model.config, model.params, np.array([[*prompt, *expected["greedy"]]]))[0, -3:]
+    for i, options in enumerate(SAMPLING):
+        check_draws(rows, Sampling(**options), expected[f"sampling{i}"])
     for i, line in enumerate(TEXTS):
         assert model.tokenizer.encode(line) == expected[f"text{i}"].tolist(), line
     if chat:

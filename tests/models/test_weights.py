@@ -17,16 +17,16 @@ from safetensors.numpy import load_file, save_file
 from duet_jax import models
 from duet_jax.data.characters import CharacterTokenizer
 from duet_jax.errors import ModelError
-from duet_jax.models import llama, weights
+from duet_jax.models import llama, rope, weights
 
 CONFIG = llama.LlamaConfig(
     vocab_size=36, hidden_size=32, intermediate_size=48, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8
 )
-LLAMA3 = llama.RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)
+LLAMA3 = rope.RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)
 VARIANTS = {
     "llama2": {"tie_embeddings": False, "num_kv_heads": 4, "rms_norm_eps": 1e-6},
     "llama3": {"rope_scaling": LLAMA3, "rope_theta": 500000.0},
-    "linear": {"rope_scaling": llama.RopeScaling("linear", 2.0)},
+    "linear": {"rope_scaling": rope.RopeScaling("linear", 2.0)},
     "mistral": {"sliding_window": 7, "head_dim": 16},
     "qwen2": {"qkv_bias": True, "sliding_window": 5},
     "qwen3": {"qk_norm": True},

@@ -57,6 +57,19 @@ def make(kind: str, folder: str) -> None:
     model.save_pretrained(folder, max_shard_size="60KB")
 
 
+def warp(logits: torch.Tensor, options: dict) -> torch.Tensor:
+    """Log-probabilities after the library's own truncations, in its order."""
+    scores = transformers.TemperatureLogitsWarper(options["temperature"])(None, logits)
+    for name, warper in (
+        ("top_k", transformers.TopKLogitsWarper),
+        ("top_p", transformers.TopPLogitsWarper),
+        ("min_p", transformers.MinPLogitsWarper),
+    ):
+        if name in options:
+            scores = warper(options[name])(None, scores)
+    return scores.log_softmax(-1)
+
+
 def answer(folder: str, request: dict) -> dict[str, np.ndarray]:
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     found = {}
@@ -64,10 +77,14 @@ def answer(folder: str, request: dict) -> dict[str, np.ndarray]:
         found["logits"] = model(input_ids=torch.tensor(request["tokens"])).logits.numpy()
         if "prompt" in request:
             ids = torch.tensor([request["prompt"]])
-            for _ in range(64):
-                best = model(input_ids=ids).logits[0, -1].argmax().reshape(1, 1)
-                ids = torch.cat([ids, best], dim=1)
+            # -1 is no token: the reply goes on.
+            ids = model.generate(ids, do_sample=False, max_new_tokens=64, eos_token_id=-1, pad_token_id=0)
             found["greedy"] = ids[0, len(request["prompt"]) :].numpy()
+            log_probs = model(input_ids=ids).logits[0].log_softmax(-1)
+            places = torch.arange(len(request["prompt"]) - 1, ids.shape[1] - 1)
+            found["log_probs"] = log_probs[places, found["greedy"]].numpy()
+            for i, options in enumerate(request["sampling"]):
+                found[f"sampling{i}"] = warp(model(input_ids=ids).logits[0, -3:], options).numpy()
     if "texts" in request:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         for i, text in enumerate(request["texts"]):

@@ -87,7 +87,7 @@ def test_less_is_the_formula_of_the_paper(tmp_path: Path) -> None:
     """Against gradients by vmap(grad) of a plain loss, Adam's step written out, and exact cosines."""
     subject, selector = pool("lora"), SELECTORS["less"]
     found = np.concatenate(score(subject, selector, tmp_path))
-    (place,) = tmp_path.iterdir()
+    (place,) = tmp_path.glob("trajectory-*")
     trainer = subject.warm_up_trainer(3)
     data, targets = join(subject.train), subject.targets[0][1]
     tokens = [jnp.asarray(np.stack(x.tokens)) for x in (data, targets)]

