@@ -33,7 +33,7 @@ _TASK_FIELDS: dict[str, set[str]] = {
     "multiple_choice": _ROWS | {"normalisation"},
     "exact_match": _ROWS | {"max_new_tokens"},
     "token_f1": _ROWS | {"max_new_tokens"},
-    "reward": _ROWS | {"max_new_tokens", "reward", "stop"},
+    "reward": _ROWS | {"max_new_tokens", "reward", "stop", "temperature", "samples", "best_of"},
     "harness": {"benchmark", "metric", "num_fewshot", "max_examples", "max_length", "batch_size"},
     "sum": {"tasks"},
     "python": {"function"},
@@ -56,6 +56,9 @@ class TaskConfig:
       max_new_tokens: of a generated answer.
       reward: how good an answer is, of kind "reward".
       stop: strings that end an answer of kind "reward"; what follows the first of them is not part of it.
+      temperature: of answers of kind "reward"; 0 takes the most probable token each time.
+      samples: answers to each prompt; 1 of temperature 0.
+      best_of: the best of so many answers counts, in expectation over `samples` of them: pass@k of programs.
       benchmark: task or group of the lm-evaluation-harness, or a task file (.yaml), of kind "harness".
       metric: of the benchmark, such as "acc" or "acc,none"; its first without one.
       num_fewshot: solved examples in a prompt of the benchmark; its own number without one.
@@ -79,6 +82,9 @@ class TaskConfig:
     max_new_tokens: int = 64
     reward: RewardConfig | None = None
     stop: tuple[str, ...] = ()
+    temperature: float = 0.0
+    samples: int = 1
+    best_of: int = 1
     benchmark: str | None = None
     metric: str | None = None
     num_fewshot: int | None = None
@@ -105,7 +111,12 @@ class TaskConfig:
             named = re.fullmatch(r"[\w.]+:\w+", self.function) is not None
             require(named, "function", self.function, "of the form module:callable")
         require("" not in self.stop, "stop", list(self.stop), "a list of texts that are not empty")
-        at_least(1, self, "batch_size", "max_new_tokens")
+        at_least(1, self, "batch_size", "max_new_tokens", "samples", "best_of")
+        at_least(0, self, "temperature")
+        rule = f"at most samples ({self.samples})"
+        require(self.best_of <= self.samples, "best_of", self.best_of, rule)
+        different = self.temperature > 0 or self.samples == 1
+        require(different, "temperature", self.temperature, "greater than 0 where samples is greater than 1")
         for name, least in (("max_examples", 1), ("num_fewshot", 0), ("max_length", 2)):
             if getattr(self, name) is not None:
                 at_least(least, self, name)

@@ -17,6 +17,8 @@ from duet_jax.errors import DataError
 from duet_jax.feedback import answers
 from duet_jax.feedback.deployed import Deployed, Engine, response_tokens
 from duet_jax.feedback.rewards import Reward, build_reward
+from duet_jax.feedback.rewards.best_of import best_of
+from duet_jax.models.sampling import Sampling
 from duet_jax.types import Feedback
 
 if TYPE_CHECKING:
@@ -127,18 +129,31 @@ class Generative:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Rewarded:
-    """Mean reward of greedy answers, each ended by the end of text, a stop string or `max_new_tokens`."""
+    """Mean reward of answers, of the expected best of so many where `best_of` is above 1 (pass@k).
+
+    Every round draws the same random numbers for a prompt, so that rounds differ by their models.
+    """
 
     prompts: Encoded
     examples: tuple[Example, ...]
     reward: Reward
-    stop: tuple[str, ...]
-    max_new_tokens: int
-    batch_size: int
+    config: TaskConfig
 
     def __call__(self, model: Deployed) -> Feedback:
-        replies = model.answer(self.prompts, self.max_new_tokens, self.batch_size, stop_strings=self.stop)
-        return _mean(self.reward(replies, self.examples), self.reward.name)
+        config = self.config
+        found = model.sample(
+            self.prompts,
+            Sampling(config.temperature),
+            samples=config.samples,
+            max_new_tokens=config.max_new_tokens,
+            batch_size=config.batch_size,
+            seed=0,
+            stop_strings=config.stop,
+        )
+        replies = [text for texts in found.texts for text in texts]
+        asked = [example for example in self.examples for _ in range(config.samples)]
+        rewards = self.reward(replies, asked).reshape(-1, config.samples)
+        return _mean(best_of(rewards, config.best_of), self.reward.name)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -172,8 +187,7 @@ def build(config: TaskConfig, engine: Engine, examples: Sequence[Example], name:
     if config.reward is not None:
         reward = build_reward(config.reward)
         reward.check(examples)
-        prompts = engine.encode_prompts(examples)
-        return Rewarded(prompts, tuple(examples), reward, config.stop, config.max_new_tokens, config.batch_size)
+        return Rewarded(engine.encode_prompts(examples), tuple(examples), reward, config)
     return Generative(
         engine.encode_prompts(examples),
         tuple(example.answers or (example.response,) for example in examples),

@@ -10,13 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from duet_jax.config import TaskConfig
+from duet_jax._checks import FieldError
+from duet_jax.config import RewardConfig, TaskConfig
 from duet_jax.data import Example
 from duet_jax.data.characters import CharacterTokenizer
 from duet_jax.errors import DataError, FeedbackError
 from duet_jax.feedback import Deployed, Engine, Feedback, WeightedSum, build
 from duet_jax.feedback.answers import exact_match, normalise, token_f1
 from duet_jax.models import llama
+from duet_jax.models.sampling import Sampling
 
 TOKENIZER = CharacterTokenizer("abcdefgh ?\n")
 CONFIG = llama.LlamaConfig(
@@ -122,6 +124,32 @@ def test_generated_answers_are_compared_with_the_accepted_ones(model):
     assert model.answer(task.prompts, 6, 3) == replies
     expected = [exact_match(reply, e.answers) for reply, e in zip(replies, mixed, strict=True)]
     assert task(model).value == pytest.approx(np.mean(expected))
+
+
+def test_the_best_of_several_answers_is_at_least_their_mean(model):
+    """Against the samples themselves; of rewards of 0 and 1, the best of all is whether there is a 1."""
+    examples = [example(i, prompt, "") for i, prompt in enumerate(["ab", "ba", "abc"])]
+    reward = RewardConfig(kind="regex", pattern="a", where="anywhere")
+    fields = dict(kind="reward", source="x", reward=reward, max_new_tokens=6, batch_size=4, temperature=1.0, samples=5)
+    prompts = model.engine.encode_prompts(examples)
+    found = model.sample(prompts, Sampling(), samples=5, max_new_tokens=6, batch_size=4, seed=0)
+    held = np.array([["a" in text for text in texts] for texts in found.texts])
+    values = [build(TaskConfig(**fields, best_of=k), model.engine, examples, "x")(model).value for k in (1, 5)]
+    assert values == pytest.approx([held.mean(), held.any(axis=1).mean()])
+    assert values[1] > values[0]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"samples": 2}, "temperature is 0.0; it must be greater than 0 where samples is greater than 1"),
+        ({"samples": 2, "temperature": 1.0, "best_of": 3}, r"best_of is 3; it must be at most samples \(2\)"),
+        ({"temperature": -1.0}, "temperature is -1.0; it must be at least 0"),
+    ],
+)
+def test_samples_that_make_no_sense_are_refused(fields, message):
+    with pytest.raises(FieldError, match=message):
+        TaskConfig(kind="reward", source="x", reward=RewardConfig(kind="exact_match"), **fields)
 
 
 def test_weighted_sum(model):
