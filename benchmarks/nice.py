@@ -70,7 +70,7 @@ def configuration(folder: Path, seed: int, kind: str) -> SelectConfig:
     selector: dict[str, Any] = {"kind": kind}
     if kind != "random":
         target = {"name": "claims", "source": str(folder / "target.jsonl")}
-        selector |= {"rule": "top_k", "warmup_examples": 64, "warmup_epochs": 2, "targets": [target]}
+        selector |= {"rule": "top_k", "warmup_examples": 64, "warmup_epochs": 1, "targets": [target]}
     if kind == "nice":
         selector |= {
             "reward": {"kind": "exact_match"},
@@ -188,7 +188,7 @@ def show(arm: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--held-out", type=int, default=200, help="claims that the trained models judge")
+    parser.add_argument("--held-out", type=int, default=120, help="claims that the trained models judge")
     options = parse(parser, "nice")
     runs = []
     for seed in range(options.seeds):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import types
 
 import jax
@@ -129,11 +130,11 @@ def test_generated_answers_are_compared_with_the_accepted_ones(model):
 def test_the_best_of_several_answers_is_at_least_their_mean(model):
     """Against the samples themselves; of rewards of 0 and 1, the best of all is whether there is a 1."""
     examples = [example(i, prompt, "") for i, prompt in enumerate(["ab", "ba", "abc"])]
-    reward = RewardConfig(kind="regex", pattern="a", where="anywhere")
-    fields = dict(kind="reward", source="x", reward=reward, max_new_tokens=6, batch_size=4, temperature=1.0, samples=5)
+    reward = RewardConfig(kind="regex", pattern="[a-d]", where="anywhere")
+    fields = dict(kind="reward", source="x", reward=reward, max_new_tokens=6, batch_size=4, temperature=3.0, samples=5)
     prompts = model.engine.encode_prompts(examples)
-    found = model.sample(prompts, Sampling(), samples=5, max_new_tokens=6, batch_size=4, seed=0)
-    held = np.array([["a" in text for text in texts] for texts in found.texts])
+    found = model.sample(prompts, Sampling(3.0), samples=5, max_new_tokens=6, batch_size=4, seed=0)
+    held = np.array([[bool(re.search("[a-d]", text)) for text in texts] for texts in found.texts])
     values = [build(TaskConfig(**fields, best_of=k), model.engine, examples, "x")(model).value for k in (1, 5)]
     assert values == pytest.approx([held.mean(), held.any(axis=1).mean()])
     assert values[1] > values[0]
