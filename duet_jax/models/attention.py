@@ -46,7 +46,7 @@ def cached_attention(q: Array, k: Array, v: Array, lengths: Array, window: int |
 
     Args:
       q: `[B, 1, N, H]`.
-      k: `[B, K, S, H]`: a head's slots lie side by side, as products with them read them.
+      k: `[B, K, H, S]`: with slots last, products with one query take half the time on a CPU.
       v: `[B, K, S, H]`, of the dtype of k.
       lengths: int32 `[B]`, the query's own slot included.
       window: as for `causal_attention`.
@@ -54,12 +54,12 @@ def cached_attention(q: Array, k: Array, v: Array, lengths: Array, window: int |
     Returns:
       `[B, 1, N, H]` in the dtype of q. Products take factors of the cache's dtype; scores and softmax are float32.
     """
-    batch, heads, slots, size = k.shape
+    batch, heads, size, slots = k.shape
     position = jnp.arange(slots)[None, :]
     visible = position < lengths[:, None]
     if window is not None:
         visible &= position >= lengths[:, None] - window
-    scores = _dot(q.reshape(batch, heads, -1, size).astype(k.dtype), k, (3, 3)) * size**-0.5
+    scores = _dot(q.reshape(batch, heads, -1, size).astype(k.dtype), k, (3, 2)) * size**-0.5
     weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, HIDDEN), axis=-1)
     return _dot(weights.astype(v.dtype), v, (3, 2)).reshape(q.shape).astype(q.dtype)
 

@@ -39,7 +39,7 @@ class Decoder(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """Keys and values of each layer, `[rows, kv_heads, slots, head_dim]`: a head's slots lie side by side."""
+    """Keys `[rows, kv_heads, head_dim, slots]` and values `[rows, kv_heads, slots, head_dim]` of each layer."""
 
     keys: tuple[Array, ...]
     values: tuple[Array, ...]
@@ -101,7 +101,7 @@ def prefill(
     values: list[Array] = []
 
     def attend(q: Array, k: Array, v: Array) -> Array:
-        keys.append(k.transpose(0, 2, 1, 3).astype(dtype))
+        keys.append(k.transpose(0, 2, 3, 1).astype(dtype))
         values.append(v.transpose(0, 2, 1, 3).astype(dtype))
         return causal_attention(q, k, v, config.sliding_window)
 
@@ -135,7 +135,7 @@ def step(
 
     def attend(q: Array, k: Array, v: Array) -> Array:
         number = len(keys)
-        keys.append(cache.keys[number].at[rows, :, position].set(k[:, 0].astype(cache.keys[number].dtype)))
+        keys.append(cache.keys[number].at[rows, :, :, position].set(k[:, 0].astype(cache.keys[number].dtype)))
         values.append(cache.values[number].at[rows, :, position].set(v[:, 0].astype(cache.values[number].dtype)))
         return cached_attention(q, keys[-1], values[-1], position + 1, config.sliding_window)
 

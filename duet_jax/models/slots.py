@@ -104,14 +104,15 @@ def empty(writer: Writer, rows: int, slots: int, most: int) -> Slots:
 @partial(jax.jit, static_argnames=("writer", "rows", "slots", "most"))
 def _empty(writer: Writer, rows: int, slots: int, most: int) -> Slots:
     config = writer.config
-    shape = (rows, config.num_kv_heads, slots, config.head_dim)
-    layers = range(config.num_layers)
-    dtype = decoding.cache_dtype(writer.compute_dtype)
-    cache = Cache(*(tuple(jnp.zeros(shape, dtype) for _ in layers) for _ in range(2)))
+    dtype, head = decoding.cache_dtype(writer.compute_dtype), (rows, config.num_kv_heads)
+    keys, values = (
+        tuple(jnp.zeros(head + shape, dtype) for _ in range(config.num_layers))
+        for shape in ((config.head_dim, slots), (slots, config.head_dim))
+    )
     numbers, flags = jnp.zeros(rows, jnp.int32), jnp.zeros(rows, bool)
     key = jax.random.key_data(jax.random.key(0))
     return Slots(
-        cache=cache,
+        cache=Cache(keys, values),
         hidden=jnp.zeros((rows, config.hidden_size)),
         position=numbers,
         live=flags,
@@ -178,7 +179,8 @@ def _admit(
     rows = jnp.where((rows >= 0) & (rows < own), rows, own)
 
     def fill(old: Array, new: Array) -> Array:
-        return old.at[rows, :, : new.shape[2]].set(new[prompts], mode="drop")
+        # The prompts' slots are the first ones, of keys on the last axis and of values on the one before.
+        return old.at[rows, :, : new.shape[2], : new.shape[3]].set(new[prompts], mode="drop")
 
     def put(old: Array, new: Any) -> Array:
         return old.at[rows].set(new, mode="drop")

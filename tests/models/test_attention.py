@@ -45,7 +45,7 @@ def test_one_query_after_another_over_a_cache_is_the_same():
         at_once = causal_attention(q, k, v, window)
         for position in range(9):
             lengths = jnp.full(2, position + 1)
-            cache = (x.transpose(0, 2, 1, 3) for x in (k, v))
+            cache = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
             step = cached_attention(q[:, position : position + 1], *cache, lengths, window)
             np.testing.assert_allclose(step[:, 0], at_once[:, position], atol=2e-6)
 

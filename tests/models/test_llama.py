@@ -45,7 +45,9 @@ def test_the_cache_continues_the_whole_forward_pass(name):
     lengths = jnp.array([5, 3])
     hidden, cache = decoding.prefill(config, decoder, ids[:, :5], lengths, jnp.float32)
     np.testing.assert_allclose(hidden, whole[jnp.arange(2), lengths - 1], atol=2e-5)
-    cache = jax.tree.map(lambda x: jnp.pad(x, [(0, 0), (0, 0), (0, 6), (0, 0)]), cache)
+    keys = tuple(jnp.pad(x, [(0, 0), (0, 0), (0, 0), (0, 6)]) for x in cache.keys)
+    values = tuple(jnp.pad(x, [(0, 0), (0, 0), (0, 6), (0, 0)]) for x in cache.values)
+    cache = decoding.Cache(keys, values)
     for number in range(6):
         position = lengths + number
         token = ids[jnp.arange(2), position]
