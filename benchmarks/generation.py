@@ -22,6 +22,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -65,13 +66,13 @@ def make_cases(model: models.Model, names: list[str]) -> dict[str, dict[str, Any
     return found
 
 
-def ours(model: models.Model, case: dict[str, Any], dtype: Any, seed: int) -> int:
+def ours(model: models.Model, case: dict[str, Any], vocabulary: models.Tokenizer, dtype: Any, seed: int) -> int:
     found = generate(
         model.config,
         model.params,
         None,
         [np.array(prompt) for prompt in case["prompts"]],
-        dataclasses.replace(model.tokenizer, eos_ids=tuple(case["eos_ids"])),
+        vocabulary,
         sampling=Sampling(),
         max_new_tokens=case["max_new_tokens"],
         buckets=BUCKETS,
@@ -151,9 +152,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         models.save(model, folder)
         for name, case in cases.items():
+            vocabulary = dataclasses.replace(model.tokenizer, eos_ids=tuple(case["eos_ids"]))
             for dtype in options.dtypes:
                 row: dict[str, Any] = {"case": name, "dtype": dtype}
-                found = measure(lambda seed, case=case, dtype=dtype: ours(model, case, dtype, seed), options.rounds)
+                run = partial(ours, model, case, vocabulary, dtype)
+                found = measure(run, options.rounds)
                 row["tokens_per_s"] = rate(found)
                 size = weights(model)
                 row["share_of_memory"] = rate(found) * size * jnp.dtype(dtype).itemsize / case["rows"] / memory

@@ -8,7 +8,8 @@ format (other claims). 5% of it is chosen, SmolLM2-135M is trained on them (LoRA
   none     the model as it is
   random   5% drawn at random
   less     5% that lower the loss of the target claims' labels (LESS)
-  nice     5% that raise the reward of the model's own replies to the target claims (NICE); no label's text is used
+  nice     5% that raise the reward of the model's own replies to the target claims (NICE): it hears whether a reply is
+           the right short answer, where LESS is given the well-phrased labels
   full     the whole pool, as many steps as the 5% get, and (full-epoch) one pass over all
 
 Every seed draws its pool, targets, warm-up, replies and order of training; the held-out claims are the same. Beside the

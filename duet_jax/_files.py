@@ -41,7 +41,9 @@ def save_array(path: Path, array: np.ndarray) -> None:
 def save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Replaces a .npz file, as `write` does."""
     content = io.BytesIO()
-    np.savez(content, allow_pickle=False, **dict(arrays))  # type: ignore[arg-type]  # a name may be `allow_pickle`
+    # Its own `allow_pickle` is no option before NumPy 2.2, but the name of one more array.
+    assert all(array.dtype != object for array in arrays.values())
+    np.savez(content, **dict(arrays))  # type: ignore[arg-type]  # a name may be `allow_pickle`
     write(path, content.getvalue())
 
 

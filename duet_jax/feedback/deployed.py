@@ -15,6 +15,7 @@ from jax import Array
 
 from duet_jax import models
 from duet_jax.data import Encoded, Example, encode, encode_prompts, gather_batch, plan_batches
+from duet_jax.errors import DataError
 from duet_jax.kernels.linear_cross_entropy import token_log_probs
 from duet_jax.models import llama
 from duet_jax.models import lora as adapters
@@ -45,6 +46,15 @@ class Engine:
     def encode_prompts(self, examples: Sequence[Example]) -> Encoded:
         """Prompts alone as token ids, cut at their beginning to the longest bucket."""
         return encode_prompts(examples, self.model.tokenizer, chat=self.chat, max_length=self.buckets[-1])
+
+    def require_room(self, prompts: Encoded, max_new_tokens: int, name: str) -> None:
+        """Raises a DataError if prompts and replies of so many tokens do not fit the model's context."""
+        longest, most = int(max(prompts.lengths, default=0)), self.model.config.max_length
+        if longest + max_new_tokens > most:
+            raise DataError(
+                f"{name}: a prompt of {longest} tokens and an answer of up to {max_new_tokens} are more than the "
+                f"{most} tokens that the model takes; lower max_new_tokens or data.max_length."
+            )
 
     @cached_property
     def score(self) -> Any:

@@ -184,17 +184,14 @@ def build(config: TaskConfig, engine: Engine, examples: Sequence[Example], name:
     if config.kind == "multiple_choice":
         per_byte = config.normalisation == "length"
         return MultipleChoice.build(engine, examples, name, config.batch_size, per_byte)
+    prompts = engine.encode_prompts(examples)
+    engine.require_room(prompts, config.max_new_tokens, name)
     if config.reward is not None:
         reward = build_reward(config.reward)
         reward.check(examples)
-        return Rewarded(engine.encode_prompts(examples), tuple(examples), reward, config)
-    return Generative(
-        engine.encode_prompts(examples),
-        tuple(example.answers or (example.response,) for example in examples),
-        config.kind,
-        config.max_new_tokens,
-        config.batch_size,
-    )
+        return Rewarded(prompts, tuple(examples), reward, config)
+    accepted = tuple(example.answers or (example.response,) for example in examples)
+    return Generative(prompts, accepted, config.kind, config.max_new_tokens, config.batch_size)
 
 
 def _mean(scores: np.ndarray, name: str) -> Feedback:

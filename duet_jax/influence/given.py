@@ -105,7 +105,7 @@ def external_samples(path: str | Path, prompts: Encoded, tokenizer: Tokenizer, m
 
     What the replies were sampled from is not known: `sampled_log_probs` of their ids are NaN, and estimators with
     importance weights refuse them; the gradient is then that of another objective, the reward-weighted likelihood
-    of these texts, as in the published code. `log_probs` are NaN until `policy_gradient.rescored` fills them in.
+    of these texts, as in the published code. `log_probs` are NaN, too.
 
     Args:
       path: of the file (.jsonl).

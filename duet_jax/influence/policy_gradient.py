@@ -14,10 +14,8 @@ prompts without signal are told. `PAPER_CODE` has the published estimator.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,10 +29,8 @@ from duet_jax.influence.estimator import PAPER_CODE, Estimator, Weights, weights
 from duet_jax.influence.gradients import PLAIN
 from duet_jax.influence.quantise import RowFormat
 from duet_jax.influence.store import Store
-from duet_jax.kernels.linear_cross_entropy import token_log_probs
 from duet_jax.models import fingerprint, llama
 from duet_jax.models.generate import Samples
-from duet_jax.models.lora import Lora
 
 __all__ = [
     "PAPER_CODE",
@@ -42,7 +38,6 @@ __all__ = [
     "Weights",
     "covering",
     "replies",
-    "rescored",
     "squared_norms",
     "target_sketches",
     "weights",
@@ -79,13 +74,13 @@ def replies(prompts: Encoded, samples: Samples) -> Encoded:
     return Encoded(tuple(tokens), np.repeat(prompts.lengths, each), names, (False,) * len(tokens))
 
 
-def covering(batching: Batching, rows: Encoded) -> Batching:
-    """The same batches, with one more bucket where rows are longer than the longest.
+def covering(batching: Batching, prompts: Encoded, most: int) -> Batching:
+    """The same batches, with one more bucket where a prompt and a reply of `most` tokens may not fit the longest.
 
-    A prompt that fills the longest bucket and its reply do not fit it together. Nothing is cut then, for the gradient
-    would be that of another prompt: these rows get a bucket of their own, a multiple of 64 tokens.
+    Nothing is cut, for the gradient would be that of another prompt: rows that are longer get a bucket of their own, a
+    multiple of 64 tokens. It does not depend on the replies, so that all checkpoints share their programs.
     """
-    longest = int(rows.lengths.max())
+    longest = int(prompts.lengths.max()) + most
     if longest <= max(batching.buckets):
         return batching
     return batching._replace(buckets=(*batching.buckets, -(-longest // STEP) * STEP))
@@ -99,52 +94,11 @@ def squared_norms(
     Arguments as for `target_sketches`; `token_mean` as in the estimator. Errors as for `replies`.
     """
     rows = replies(prompts, samples)
+    batching = covering(batching, prompts, samples.ids.shape[2])
     program = dataclasses.replace(point.gradients, reduction="sum").squared_norms()
-    found = point.each(program, rows, np.arange(len(rows)), covering(batching, rows)).astype(np.float64)
+    found = point.each(program, rows, np.arange(len(rows)), batching).astype(np.float64)
     found = found.reshape(samples.lengths.shape)
     return found / np.square(samples.lengths) if token_mean else found
-
-
-def rescored(point: Point, prompts: Encoded, samples: Samples, batching: Batching) -> Samples:
-    """The same samples with their log-probabilities under another policy, by one forward pass each.
-
-    For replies that are kept from one checkpoint to the next, or come from elsewhere: `sampled_log_probs` stay what
-    they were, so that their importance weights are those of the new policy.
-
-    Arguments as for `target_sketches`; errors as for `replies`.
-    """
-    rows = replies(prompts, samples)
-    score = _scorer(point.gradients.config, point.gradients.compute_dtype)
-    params = llama.frozen(point.params, point.gradients.compute_dtype)
-    found = np.zeros((len(rows), samples.ids.shape[2]), np.float32)
-    waiting = []
-    for chosen, tokens, mask in covering(batching, rows).batches(rows, np.arange(len(rows))):
-        waiting.append((chosen, score(params, point.lora, tokens, mask)))
-    for chosen, values in waiting:
-        for row, own in zip(chosen, np.asarray(values), strict=False):
-            prompt, length = int(rows.prompt_lengths[row]), len(rows.tokens[row])
-            found[row, : length - prompt] = own[prompt - 1 : length - 1]
-    return dataclasses.replace(samples, log_probs=found.reshape(samples.ids.shape))
-
-
-@lru_cache(maxsize=8)
-def _scorer(config: llama.LlamaConfig, compute_dtype: Any) -> Callable[..., Array]:
-    """Compiled `(params, lora, tokens [B, T], mask [B, T]) -> float32 [B, T - 1]`: log-probabilities of next tokens."""
-
-    @jax.jit
-    def score(params: llama.Params, lora: Lora | None, tokens: Array, mask: Array) -> Array:
-        hidden = llama.hidden_states(config, params, tokens, lora=lora, compute_dtype=compute_dtype)[:, :-1]
-        labels, counted = tokens[:, 1:], mask[:, 1:] != 0
-        found = token_log_probs(
-            hidden.reshape(-1, hidden.shape[-1]),
-            llama.output_head(params),
-            labels.reshape(-1),
-            counted.reshape(-1),
-            compute_dtype=compute_dtype,
-        )
-        return found.reshape(labels.shape)
-
-    return score
 
 
 def target_sketches(
@@ -198,7 +152,8 @@ def target_sketches(
     of = int(np.count_nonzero(factors))
     done = of - sum(np.count_nonzero(factors[(owners >= start) & (owners < stop)]) for start, stop in shards)
     on_progress(int(done), of)
-    batching, params = covering(batching, rows), llama.frozen(point.params, point.gradients.compute_dtype)
+    most = max([samples.ids.shape[2], *(() if gold is None else gold.lengths - gold.prompt_lengths)])
+    batching, params = covering(batching, prompts, most), llama.frozen(point.params, point.gradients.compute_dtype)
     for shard, (start, stop) in zip(store.missing(), shards, strict=True):
         chosen = np.flatnonzero((factors != 0) & (owners >= start) & (owners < stop))
         # One height for all shards: one program.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import zlib
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -113,7 +113,10 @@ def generate(
     writer = Writer(config, sampling, tuple(vocabulary.eos_ids), jnp.dtype(compute_dtype), mesh)
     rows = -(-rows // writer.devices) * writer.devices
     decoder = writer.copied(unstack(config, params, lora, writer.compute_dtype))
-    table = writer.copied(jnp.asarray(stop_table(tuple(stop_strings), vocabulary.token_bytes)))
+    # Models often have more rows than their tokenizer has tokens; these can be drawn, and add nothing to a text.
+    known = vocabulary.token_bytes
+    words = known + (b"",) * (config.vocab_size - len(known))
+    table = writer.copied(jnp.asarray(stop_table(tuple(stop_strings), words)))
     keys = np.asarray(_keys(seed, _origins(prompts), np.arange(samples, dtype=np.uint32)))
     shape = (len(prompts), samples, max_new_tokens)
     found = Samples(
@@ -134,14 +137,16 @@ def generate(
                     whole[prompt, sample, :count] = array[:count]
             done += len(replies)
             on_progress(done, len(prompts) * samples)
-    return dataclasses.replace(found, texts=_texts(found, vocabulary, tuple(stop_strings)))
+    return dataclasses.replace(found, texts=_texts(found, vocabulary.eos_ids, words, tuple(stop_strings)))
 
 
-def _texts(found: Samples, vocabulary: Vocabulary, stop_strings: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
+def _texts(
+    found: Samples, eos_ids: Sequence[int], words: Sequence[bytes], stop_strings: tuple[str, ...]
+) -> tuple[tuple[str, ...], ...]:
     def of(ids: np.ndarray, length: int) -> str:
         # Not every model's end of text is marked as special.
-        end = length - 1 if ids[length - 1] in vocabulary.eos_ids else length
-        return text(ids[:end].tolist(), vocabulary.token_bytes, stop_strings)
+        end = length - 1 if ids[length - 1] in eos_ids else length
+        return text(ids[:end].tolist(), words, stop_strings)
 
     return tuple(
         tuple(of(ids, length) for ids, length in zip(*prompt, strict=True))
@@ -162,23 +167,26 @@ def _plan(lengths: Sequence[int], buckets: Sequence[int], enough: int) -> Iterat
 
 
 def _origins(prompts: Sequence[np.ndarray]) -> np.ndarray:
-    """What tells a prompt from others, uint32 `[P, 2]`: a hash of its ids, and how often it came before."""
+    """What tells a prompt from others, uint32 `[>= P, 3]`: a hash of its ids, and how often it came before.
+
+    The number of rows is a power of two, so that few programs are compiled.
+    """
     seen: collections.Counter[bytes] = collections.Counter()
-    origins = np.empty((len(prompts), 2), np.uint32)
+    origins = np.zeros((1 << max(len(prompts) - 1, 0).bit_length(), 3), np.uint32)
     for row, prompt in enumerate(prompts):
-        content = prompt.tobytes()
-        origins[row] = zlib.crc32(content), seen[content]
-        seen[content] += 1
+        digest = hashlib.blake2b(prompt.tobytes(), digest_size=8).digest()
+        origins[row] = (*np.frombuffer(digest, np.uint32), seen[digest])
+        seen[digest] += 1
     return origins
 
 
 @jax.jit
 def _keys(seed: int, origins: Array, samples: Array) -> Array:
-    """Data of a PRNG key for each reply, uint32 `[P, M, ...]`."""
+    """Data of a PRNG key for each reply, uint32 `[rows of origins, M, ...]`."""
 
     def key(origin: Array, sample: Array) -> Array:
         found = jax.random.key(seed)
-        for number in (origin[0], origin[1], sample):
+        for number in (*origin, sample):
             found = jax.random.fold_in(found, number)
         return jax.random.key_data(found)
 

@@ -49,11 +49,6 @@ class Sampling:
             if not right:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be {rule}.")
 
-    @property
-    def exact(self) -> bool:
-        """Whether tokens come from the model's own distribution."""
-        return self == Sampling()
-
 
 GREEDY = Sampling(temperature=0.0)
 

@@ -73,11 +73,12 @@ def nice(pool: Pool, selector: SelectorConfig, folder: Path) -> list[np.ndarray]
     for identifier, length in zip(prompts.ids, prompts.lengths, strict=True):
         if not length:
             raise DataError(f"the prompt '{identifier}' is empty, and the model has no BOS to reply to; leave it out.")
-    if cut := prompts.truncated:
-        pool.say(f"nice: {cut} of {len(prompts)} prompts lose their beginning, at {max(pool.trainer.buckets)} tokens")
     _check_external(asked, policy)
     subtasks = np.repeat(np.arange(len(pool.sets)), [len(examples) for _, examples in pool.sets])
     labels, questions = _labels(asked, policy, prompts), _questions(asked, policy, prompts, max(pool.trainer.buckets))
+    asked.engine.require_room(questions.prompts, policy.max_new_tokens, "nice")
+    if cut := questions.prompts.truncated:
+        pool.say(f"nice: {cut} of {len(prompts)} prompts lose their beginning, at {max(pool.trainer.buckets)} tokens")
     checkpoints, signals = [], []
     for number, stage in enumerate(stages(pool, selector, folder.parent)):
         place = folder / stage.name
@@ -174,7 +175,7 @@ def _checkpoint(
         rows = replies(questions.prompts, found.samples)
         chosen = np.random.default_rng(pool.seed).permutation(len(rows))[:MEASURED]
         some = rows.take(np.sort(chosen))
-        batching = covering(pool.batching, some)
+        batching = covering(pool.batching, questions.prompts, found.samples.ids.shape[2])
         store = sketch(stage.point, some, at / "measured", batching, projection=stage.projection, row_format="float32")
         error = measured_error(
             stage.point, (data, stage.train), (some, store), batching, feature=stage.feature, seed=pool.seed
@@ -187,6 +188,8 @@ def _checkpoint(
 def _report(pool: Pool, stage: Stage, found: Judged, signal: np.ndarray, subtasks: np.ndarray) -> str:
     """What the replies of one checkpoint were worth."""
     line = f"nice, {stage.name}: mean reward {found.rewards.mean():.3g} of {found.rewards.size} replies"
+    if cut := int(np.count_nonzero(~found.samples.ended)):
+        line += f", {cut} of which are cut at {found.samples.ids.shape[2]} tokens"
     silent = [
         f"{name} {count} of {len(examples)}"
         for (name, examples), count in zip(pool.sets, np.bincount(subtasks, ~signal).astype(int), strict=True)

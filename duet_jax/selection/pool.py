@@ -17,6 +17,7 @@ from duet_jax.config import SelectorConfig
 from duet_jax.data import Encoded, Example
 from duet_jax.feedback import Engine
 from duet_jax.feedback.rewards import Reward
+from duet_jax.feedback.rewards.cache import as_json
 from duet_jax.influence.build import Batching, Point, Progress
 from duet_jax.influence.features import Moments
 from duet_jax.influence.gradients import ExampleGradients
@@ -44,8 +45,10 @@ class Asked:
     def identity(self) -> list[Any]:
         """What of it decides scores besides the prompts, as values of JSON."""
         read = [dataclasses.astuple(example) for example in self.examples]
-        digest = hashlib.sha256(json.dumps(read, sort_keys=True, default=str).encode()).hexdigest()
-        return [self.reward.identity, digest, None if self.external is None else self.external.texts]
+        digest = hashlib.sha256(json.dumps(read, sort_keys=True, default=as_json).encode()).hexdigest()
+        tokenizer = self.engine.model.tokenizer
+        vocabulary = hashlib.sha256(repr((tokenizer.eos_ids, tokenizer.token_bytes)).encode()).hexdigest()
+        return [self.reward.identity, digest, vocabulary, None if self.external is None else self.external.texts]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

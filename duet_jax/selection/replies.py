@@ -22,8 +22,9 @@ from duet_jax.influence.build import Progress
 from duet_jax.models.generate import Samples
 from duet_jax.models.sampling import Sampling
 
-# Prompts whose replies are written together.
-PART = 32
+# Prompts whose replies are written together, at least; and how often all rows are filled, so that few stand idle at the
+# end of a part.
+PART, FILLS = 32, 4
 # The published code of NICE samples so, whatever its temperature.
 COMPAT = {"top_k": 50, "top_p": 0.95}
 
@@ -68,7 +69,7 @@ def judged(
 ) -> Judged:
     """Replies to all prompts with their rewards, from `folder` where they are there already.
 
-    A reply depends on the seed, its prompt and its number alone, not on what is written together.
+    A reply depends on the seed, its prompt and its number alone; equal prompts in one part get different ones.
 
     Args:
       model: that replies.
@@ -91,8 +92,9 @@ def judged(
     def more(replies: int, _: int) -> None:
         on_progress(done + replies, of)
 
-    for number, start in enumerate(range(0, len(questions.prompts), PART)):
-        rows = np.arange(start, min(start + PART, len(questions.prompts)))
+    size = max(PART, -(-FILLS * policy.batch_size // each))
+    for number, start in enumerate(range(0, len(questions.prompts), size)):
+        rows = np.arange(start, min(start + size, len(questions.prompts)))
         if external is None:
             path = folder / f"samples-{number:05d}.npz"
             if not path.is_file():

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from duet_jax._files import save_array
+from duet_jax._files import save_array, write
 from duet_jax.config import SelectorConfig
 from duet_jax.errors import DataError
 from duet_jax.selection.influence import influence
@@ -36,9 +38,10 @@ def score(pool: Pool, selector: SelectorConfig, folder: Path) -> tuple[np.ndarra
     _check(pool)
     place = folder / f"{selector.kind}-{pool.digest(selector)[:16]}"
     kept = place / "scores.npy"
+    place.mkdir(parents=True, exist_ok=True)
+    report = _Report(place / "report.txt", pool.say)
     if not kept.is_file():
-        place.mkdir(parents=True, exist_ok=True)
-        found = SELECTORS[selector.kind](pool, selector, place)
+        found = SELECTORS[selector.kind](dataclasses.replace(pool, say=report), selector, place)
         for name, examples, values in zip(pool.names, pool.train, found, strict=True):
             wrong = ~np.isfinite(values)
             if wrong.any():
@@ -49,6 +52,22 @@ def score(pool: Pool, selector: SelectorConfig, folder: Path) -> tuple[np.ndarra
         save_array(kept, np.concatenate(found).astype(np.float64))
     ends = np.cumsum([len(examples) for examples in pool.train])[:-1]
     return tuple(np.split(np.load(kept, allow_pickle=False), ends))
+
+
+class _Report:
+    """Says lines and keeps them in a file: what was found out once, such as a sketch's error, is said in every run."""
+
+    def __init__(self, path: Path, say: Callable[[str], None]) -> None:
+        self.path, self.say = path, say
+        self.lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        for line in self.lines:
+            say(line)
+
+    def __call__(self, line: str) -> None:
+        if line not in self.lines:
+            self.lines.append(line)
+            write(self.path, "".join(f"{each}\n" for each in self.lines))
+            self.say(line)
 
 
 def _check(pool: Pool) -> None:

@@ -127,6 +127,12 @@ def test_generated_answers_are_compared_with_the_accepted_ones(model):
     assert task(model).value == pytest.approx(np.mean(expected))
 
 
+def test_answers_must_fit_the_context(model):
+    config = TaskConfig(kind="exact_match", source="x", max_new_tokens=2046)
+    with pytest.raises(DataError, match="a prompt of 4 tokens and an answer of up to 2046 are more than the 2048"):
+        build(config, model.engine, [example(0, "ab", "c")], "x")
+
+
 def test_the_best_of_several_answers_is_at_least_their_mean(model):
     """Against the samples themselves; of rewards of 0 and 1, the best of all is whether there is a 1."""
     examples = [example(i, prompt, "") for i, prompt in enumerate(["ab", "ba", "abc"])]

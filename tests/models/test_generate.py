@@ -197,6 +197,20 @@ def test_a_steady_loop_compiles_nothing():
     assert not compiled
 
 
+def test_a_model_may_have_more_rows_than_its_tokenizer_tokens():
+    params, given = network(8.0), prompts(4)
+    whole = run(params, given, samples=6, stop_strings=("ab",))
+    few = Letters(token_bytes=Letters().token_bytes[:30])
+    found = run(params, given, samples=6, stop_strings=("ab",), vocabulary=few)
+    unknown = whole.ids >= 30
+    assert unknown.any() and (found.ids >= 30).any()
+    same = ~unknown.any(axis=2)
+    np.testing.assert_array_equal(found.ids[same], whole.ids[same])
+    for row, sample in np.argwhere(~same):
+        kept = [i for i in found.ids[row, sample, : found.lengths[row, sample]] if i < 30]
+        assert found.texts[row][sample] == b"".join(few.token_bytes[i] for i in kept).decode().split("ab")[0]
+
+
 def test_progress_reaches_the_end():
     heard = []
     run(network(8.0), prompts(7), samples=2, on_progress=lambda done, of: heard.append((done, of)))

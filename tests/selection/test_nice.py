@@ -172,6 +172,14 @@ def test_less_and_nice_share_one_trajectory(
         np.testing.assert_array_equal(one, other)
 
 
+def test_what_was_found_out_is_said_again(tmp_path: Path, exact: Pool) -> None:
+    first, again = [], []
+    score(dataclasses.replace(exact, say=first.append), SELECTOR, tmp_path)
+    score(dataclasses.replace(exact, say=again.append), SELECTOR, tmp_path)
+    assert again == first
+    assert any("mean reward" in line for line in first) and any("sketch error" in line for line in first)
+
+
 class Killed(BaseException):
     pass
 
@@ -194,6 +202,7 @@ def test_a_killed_run_goes_on_to_the_same_scores(
     tmp_path: Path, exact: Pool, scores: tuple[np.ndarray, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("duet_jax.selection.replies.PART", 3)
+    monkeypatch.setattr("duet_jax.selection.replies.FILLS", 0)
     asked, sampled = exact.asked, []
     assert asked is not None
     step, reward = exact.trainer.step, asked.reward

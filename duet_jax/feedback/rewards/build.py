@@ -7,11 +7,12 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from duet_jax.feedback import answers
 from duet_jax.feedback.rewards import choice, numeric, text, unit_tests
 from duet_jax.feedback.rewards.cache import cached, everything
 from duet_jax.feedback.rewards.judge import judge
 from duet_jax.feedback.rewards.python import python
-from duet_jax.feedback.rewards.reward import Reward, accept
+from duet_jax.feedback.rewards.reward import Reward, accept, code_digest
 from duet_jax.feedback.rewards.reward_model import reward_model
 from duet_jax.feedback.rewards.sandbox import Limits
 
@@ -71,4 +72,5 @@ def _of_text(config: RewardConfig) -> Reward:
         function, requires = choice.right_choice, choice.require_choices
     else:
         function = {"exact_match": text.exact_match, "token_f1": text.token_f1, "rouge_l": text.rouge_l}[config.kind]
-    return Reward(config.kind, 0.0, 1.0, needs_label, repr(config), function, requires)
+    identity = f"{config!r} {code_digest(answers, text, numeric, choice)}"
+    return Reward(config.kind, 0.0, 1.0, needs_label, identity, function, requires)

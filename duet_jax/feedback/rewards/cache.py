@@ -66,11 +66,11 @@ def cached(reward: Reward, folder: Path | None, *, reads: Callable[[Example], An
 
 
 def _key(reply: str, read: Any) -> bytes:
-    text = json.dumps([reply, read], sort_keys=True, default=_plain)
+    text = json.dumps([reply, read], sort_keys=True, default=as_json)
     return hashlib.sha256(text.encode()).digest()
 
 
-def _plain(value: Any) -> Any:
+def as_json(value: Any) -> Any:
     """What JSON cannot write: arrays, whose text would be abridged, as lists; others, such as dates, as text."""
     return value.tolist() if hasattr(value, "tolist") else repr(value)
 
