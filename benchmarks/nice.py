@@ -123,7 +123,7 @@ class Study:
         config = configuration(self.folder, self.seed, kind)
         said: list[str] = []
         work = self.folder / "work"
-        goal = load_goal(config.selector, self.domains, self.seed, work)
+        goal = load_goal(config.selector, config.data.domains, self.domains, self.seed, work)
         found = self.loaded.utilities(config.selector, goal, work, self.seed, said.append, lambda *_: None)
         print("\n".join(said), flush=True)
         return np.concatenate(found), said

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from duet_jax._checks import FieldError, at_least, require
+from duet_jax._reward_config import RewardConfig
 from duet_jax._task import check_rows
 
 
@@ -22,6 +23,7 @@ class DomainConfig:
       max_examples: a seeded subsample of this size.
       options: of a synthetic kind.
       minimum, maximum: bounds of its share in every mixture.
+      reward: of answers to its prompts, for the selector "nice"; None: the selector's.
     """
 
     name: str
@@ -34,6 +36,7 @@ class DomainConfig:
     options: Mapping[str, Any] = field(default_factory=dict)
     minimum: float = 0.0
     maximum: float = 1.0
+    reward: RewardConfig | None = None
 
     def __post_init__(self) -> None:
         require(0 <= self.minimum <= 1, "minimum", self.minimum, "a share, from 0 to 1")

@@ -45,7 +45,7 @@ class SelectorConfig:
       k: numbers kept of each gradient.
       row_format: that they are stored in.
       policy: of kind "nice": how replies are sampled, and what is made of their rewards; None: as by default.
-      reward: of kind "nice": how good a reply is.
+      reward: of kind "nice": how good a reply is, where the target or domain has no `reward` of its own.
     """
 
     kind: Literal["random", "utilities", "influence", "less", "nice"] = "random"
@@ -66,8 +66,6 @@ class SelectorConfig:
         if self.kind == "utilities" and not self.path:
             raise FieldError("path", "is missing; a selector of kind 'utilities' needs the file with them.")
         if self.kind == "nice":
-            if self.reward is None:
-                raise FieldError("reward", "is missing; a selector of kind 'nice' needs to know how good a reply is.")
             object.__setattr__(self, "policy", self.policy or PolicyConfig())
         defaults = {name: field.default for name, field in type(self).__dataclass_fields__.items()}
         used = _FIELDS[self.kind] | ({"kind"} if self.kind == "random" else {"kind", "rule", "fraction"})
@@ -100,7 +98,17 @@ class SelectorConfig:
         return bool(_FIELDS[self.kind] & _WARMUP)
 
     def check(self, data: DataConfig) -> None:
-        """Requires held-out examples where they are the targets."""
+        """Requires held-out examples where they are the targets, and of "nice" a reward for every set of prompts."""
+        sets = self.targets or data.domains
+        place = "targets" if self.targets else "data.domains"
+        for i, part in enumerate(sets if self.kind == "nice" else ()):
+            if part.reward is None and self.reward is None:
+                reason = f"is missing, and so is {place}.{i}.reward; a selector of kind 'nice' needs to know how good a"
+                raise FieldError("reward", f"{reason} reply is.")
+        for i, part in enumerate((*self.targets, *data.domains)):
+            if part.reward is not None and (self.kind != "nice" or part not in sets):
+                owner = f"targets.{i}" if i < len(self.targets) else f"the domain '{part.name}'"
+                raise FieldError("kind", f"is {self.kind!r}, which does not read the reward of {owner}; leave it out.")
         if self.scores and not self.targets and data.validation_fraction == 0:
             raise FieldError(
                 "targets",

@@ -123,7 +123,7 @@ def prepare(
     benchmarks = _benchmarks(config.task)
     function = None if config.task.function is None else load_function(config.task.function)
     selector, selections = config.selector, folder / "selections"
-    goal = load_goal(selector, domains, config.seed, selections)
+    goal = load_goal(selector, config.data.domains, domains, config.seed, selections)
     texts = [example for _, examples in [*evaluation, *goal.targets] for example in examples]
     loaded = load(config.model, config.data, config.training, domains, texts, config.seed, say)
     model = loaded.model

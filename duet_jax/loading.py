@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from duet_jax import models
-from duet_jax.config import DataConfig, ModelConfig, SelectorConfig, TrainingConfig
+from duet_jax.config import DataConfig, DomainConfig, ModelConfig, SelectorConfig, TrainingConfig
 from duet_jax.data import Domain, Encoded, Example, encode, load_domains, load_examples
 from duet_jax.data.characters import CharacterTokenizer
 from duet_jax.errors import ConfigError, DataError
 from duet_jax.feedback import Engine
-from duet_jax.feedback.rewards import Reward, build_reward
+from duet_jax.feedback.rewards import Reward, build_reward, of_parts
 from duet_jax.influence.given import external_samples
 from duet_jax.models import llama
 from duet_jax.selection import Asked, Pool, load_utilities, score
@@ -124,11 +124,14 @@ class Loaded:
         return Asked(self.engine, examples, goal.reward, external)
 
 
-def load_goal(selector: SelectorConfig, domains: Sequence[Domain], seed: int, folder: Path) -> Goal:
+def load_goal(
+    selector: SelectorConfig, specs: Sequence[DomainConfig], domains: Sequence[Domain], seed: int, folder: Path
+) -> Goal:
     """Reads the selector's targets and builds its reward.
 
     Args:
       selector: which.
+      specs: configurations of the domains.
       domains: whose held-out examples are scored for where there are no targets.
       seed: of subsamples.
       folder: for the cache of rewards.
@@ -137,14 +140,16 @@ def load_goal(selector: SelectorConfig, domains: Sequence[Domain], seed: int, fo
       DataError: a target cannot be read.
       FeedbackError: the reward cannot be built, or an example lacks what it needs.
     """
-    targets = tuple((spec.name, tuple(load_examples(spec, seed=seed))) for spec in selector.targets)
-    if selector.reward is None:
-        return Goal(targets, None)
-    goal = Goal(targets, build_reward(selector.reward, folder / "rewards"))
-    assert goal.reward is not None
-    for _, examples in goal.sets(domains):
-        goal.reward.check(examples)
-    return goal
+    goal = Goal(tuple((spec.name, tuple(load_examples(spec, seed=seed))) for spec in selector.targets), None)
+    if selector.kind != "nice":
+        return goal
+    parts = []
+    for spec, (_, examples) in zip(selector.targets or specs, goal.sets(domains), strict=True):
+        config = spec.reward or selector.reward
+        assert config is not None
+        parts.append((build_reward(config, folder / "rewards"), examples))
+        parts[-1][0].check(examples)
+    return dataclasses.replace(goal, reward=of_parts(parts))
 
 
 def load_all(config: DataConfig, seed: int) -> list[Domain]:

@@ -98,7 +98,7 @@ def _score(
             )
             for domain in domains
         ]
-    goal = load_goal(selector, domains, config.seed, work)
+    goal = load_goal(selector, config.data.domains, domains, config.seed, work)
     others = [example for _, examples in goal.targets for example in examples]
     loaded = load(config.model, config.data, config.training, domains, others, config.seed, say)
     utilities = loaded.utilities(selector, goal, work, config.seed, say, display.work)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import string
@@ -330,7 +331,6 @@ def test_prompts_without_signal_are_told(folder: Path, scores: tuple[np.ndarray,
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({"reward": None}, "reward is missing; a selector of kind 'nice' needs to know how good a reply is."),
         ({"kind": "less"}, "policy has no meaning for a selector of kind 'less'; leave it out."),
         (
             {"policy": {"compat": True, "top_k": 7}},
@@ -406,9 +406,33 @@ def test_a_selection_for_prompts_without_labels(tmp_path: Path, capsys: pytest.C
     assert "selector.targets.0.response is null, but a selector of kind 'less' needs labels" in capsys.readouterr().err
 
 
+def test_every_set_of_prompts_needs_one_reward() -> None:
+    task = {"kind": "response_loss", "source": "synthetic:walk", "options": {**WALK, "tags": "A"}}
+    asking = ASKING | {"reward": None}
+    target = {"name": "t", "source": "t.jsonl"}
+
+    def domains(selector: dict[str, Any], *rewards: dict[str, Any] | None) -> dict[str, Any]:
+        own = [one | {"reward": reward} for one, reward in zip(CONFIG["data"]["domains"], rewards, strict=True)]
+        data = CONFIG["data"] | {"domains": own}
+        return CONFIG | {"budget": 12, "rounds": 1, "task": task, "data": data, "selector": selector}
+
+    exact = {"kind": "exact_match"}
+    configs.from_dict(domains(asking, exact, exact))
+    for tree, sentence in (
+        (domains(asking, exact, None), "selector.reward is missing, and so is data.domains.1.reward; a selector of"),
+        (domains(asking | {"targets": [target]}, None, None), "is missing, and so is targets.0.reward"),
+        (domains({}, exact, None), "kind is 'random', which does not read the reward of the domain 'A'"),
+        (domains(ASKING | {"targets": [target]}, exact, None), "does not read the reward of the domain 'A'"),
+    ):
+        with pytest.raises(ConfigError, match=sentence):
+            configs.from_dict(tree)
+
+
 def test_a_study_chooses_by_its_own_prompts(tmp_path: Path) -> None:
     task = {"kind": "response_loss", "source": "synthetic:walk", "options": {**WALK, "tags": "A"}, "batch_size": 8}
-    config = configs.from_dict(CONFIG | {"budget": 12, "rounds": 1, "task": task, "selector": ASKING})
+    data = copy.deepcopy(CONFIG["data"])
+    data["domains"][1]["reward"] = {"kind": "regex", "pattern": "b", "where": "anywhere"}
+    config = configs.from_dict(CONFIG | {"budget": 12, "rounds": 1, "task": task, "data": data, "selector": ASKING})
     assert duet.run(config, tmp_path / "study", quiet=True).trial is not None
     job = duet.jobs.prepare(config, tmp_path / "study", lambda line: None)
     assert all(np.ptp(values) > 0 for values in job.utilities)

@@ -2,6 +2,6 @@
 
 from duet_jax.feedback.rewards.build import build_reward
 from duet_jax.feedback.rewards.cache import cached
-from duet_jax.feedback.rewards.reward import Reward
+from duet_jax.feedback.rewards.reward import Reward, of_parts
 
-__all__ = ["Reward", "build_reward", "cached"]
+__all__ = ["Reward", "build_reward", "cached", "of_parts"]

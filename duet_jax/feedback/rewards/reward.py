@@ -110,3 +110,30 @@ class Reward:
                 f"it must give a finite number in [{self.low}, {self.high}]."
             )
         return number
+
+
+def of_parts(parts: Sequence[tuple[Reward, Sequence[Example]]]) -> Reward:
+    """One reward for several sets of examples that have each their own; it knows no other examples than these.
+
+    Args:
+      parts: rewards, and the examples that each is for, which are known as objects: ids are unique within a set alone.
+    """
+    owners = {id(example): number for number, (_, examples) in enumerate(parts) for example in examples}
+
+    def function(replies: Sequence[str], examples: Sequence[Example]) -> list[float]:
+        owner = np.array([owners[id(example)] for example in examples])
+        found = np.empty(len(replies))
+        for number, (reward, _) in enumerate(parts):
+            rows = np.flatnonzero(owner == number).tolist()
+            if rows:
+                found[rows] = reward([replies[row] for row in rows], [examples[row] for row in rows])
+        return found.tolist()
+
+    return Reward(
+        name=" and ".join(dict.fromkeys(reward.name for reward, _ in parts)),
+        low=min(reward.low for reward, _ in parts),
+        high=max(reward.high for reward, _ in parts),
+        needs_label=False,  # Those that do say so themselves.
+        identity="; ".join(f"{len(examples)} by {reward.identity}" for reward, examples in parts),
+        function=function,
+    )

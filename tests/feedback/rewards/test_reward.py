@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from duet_jax.config import RewardConfig
 from duet_jax.data import Example
 from duet_jax.errors import ConfigError, FeedbackError
-from duet_jax.feedback.rewards import Reward, build_reward, cached
+from duet_jax.feedback.rewards import Reward, build_reward, cached, of_parts
 from duet_jax.feedback.rewards.cache import everything
 
 
@@ -49,6 +49,18 @@ def test_an_unbounded_range_still_refuses_infinity() -> None:
     assert unbounded(["-1e9"], [example()]).tolist() == [-1e9]
     with pytest.raises(FeedbackError, match="must give a finite number"):
         unbounded(["inf"], [example()])
+
+
+def test_each_set_of_examples_has_its_own_reward() -> None:
+    """Also where ids, and whole examples, are equal."""
+    first, second = [example(0), example(1)], [example(0), example(2, response="")]
+    exact = build_reward(RewardConfig(kind="exact_match"))
+    both = of_parts([(exact, first), (reward(lengths, high=2.0), second)])
+    asked = [second[0], first[1], first[0], second[1]]
+    assert both(["yes", "yes", "no", "abcd"], asked).tolist() == [0.03, 1.0, 0.0, 0.04]
+    assert (both.low, both.high, both.name) == (0.0, 2.0, "exact_match and mine")
+    other = of_parts([(exact, first[:1]), (reward(lengths, high=2.0), second)])
+    assert other.identity != both.identity
 
 
 def test_counts_must_agree() -> None:
