@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from typing import Any, NoReturn
 
 OUT_OF_MEMORY = 86
-WORK = "/work"
+WORK = "/sandbox"
 _HOST = "/.host"
 # <linux/sched.h>, <linux/mount.h>, <linux/prctl.h>
 _NEW_NS, _NEW_CGROUP, _NEW_UTS, _NEW_IPC = 0x00020000, 0x02000000, 0x04000000, 0x08000000

@@ -86,7 +86,7 @@ class TestOrdinaryPrograms:
             pathlib.Path("mine").write_text("kept")
             print(__name__, os.getcwd(), os.listdir(), pathlib.Path("mine").read_text(), sys.argv)
         """
-        assert run(program).stdout == "__main__ /work ['mine'] kept ['program.py']\n"
+        assert run(program).stdout == "__main__ /sandbox ['mine'] kept ['program.py']\n"
         # Another run has another folder.
         assert run("import os; print(os.listdir())").stdout == "[]\n"
 
@@ -183,7 +183,7 @@ class TestWrites:
     def test_nothing_can_be_written_outside_of_the_folder(self) -> None:
         for path in ("/written", "/tmp/written", "/dev/written", os.path.join(os.path.dirname(os.__file__), "os.py")):
             assert refused(f"open({path!r}, 'w')") in ("OSError", "PermissionError", "FileNotFoundError")
-        assert refused("os.mkdir('/work/../made')") in ("OSError", "PermissionError")
+        assert refused("os.mkdir('/sandbox/../made')") in ("OSError", "PermissionError")
         assert refused("os.chmod('/', 0o777)") in ("OSError", "PermissionError")
 
     def test_a_file_and_a_folder_are_no_larger_than_the_limit(self) -> None:
@@ -363,7 +363,7 @@ class TestProcesses:
         program = """
             import ctypes, os
             libc = ctypes.CDLL(None, use_errno=True)
-            print(libc.unshare(0x10000000), libc.mount(b"t", b"/work", b"tmpfs", 0, None), libc.ptrace(0, 0, 0, 0))
+            print(libc.unshare(0x10000000), libc.mount(b"t", b"/sandbox", b"tmpfs", 0, None), libc.ptrace(0, 0, 0, 0))
             # clone(CLONE_NEWUSER | SIGCHLD), and clone3, which is said not to exist
             number = {"x86_64": 56, "aarch64": 220}[os.uname().machine]
             print(libc.syscall(ctypes.c_long(number), 0x10000011, 0, 0, 0, 0), os.strerror(ctypes.get_errno()))
@@ -372,7 +372,7 @@ class TestProcesses:
         assert run(program).stdout == ("-1 -1 -1\n-1 Operation not permitted\n-1 Function not implemented\n")
 
     def test_no_privilege_can_be_regained(self) -> None:
-        for statement in ("os.setuid(0)", "os.setgroups([0])", "os.chroot('/')", "os.chown('/work', 0, 0)"):
+        for statement in ("os.setuid(0)", "os.setgroups([0])", "os.chroot('/')", "os.chown('/sandbox', 0, 0)"):
             assert refused(statement) in ("PermissionError", "OSError")
 
     def test_it_ends_with_the_process_that_asked(self) -> None:
