@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import filelock
 import numpy as np
+
+from duet_jax.errors import StudyError
 
 
 def write(path: Path, content: str | bytes) -> None:
@@ -45,6 +51,34 @@ def save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     assert all(array.dtype != object for array in arrays.values())
     np.savez(content, **dict(arrays))  # type: ignore[arg-type]  # a name may be `allow_pickle`
     write(path, content.getvalue())
+
+
+def append_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Adds rows to a file of JSON lines."""
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    with path.open("ab+") as file:
+        # A line that a killed run left unfinished must not swallow the next one.
+        if file.seek(0, os.SEEK_END) > 0:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                text = "\n" + text
+        file.write(text.encode())
+
+
+@contextmanager
+def alone(folder: Path, does: str) -> Iterator[None]:
+    """Holds the lock of a folder, of which one process at a time `does` something, as "selects into".
+
+    Raises:
+      StudyError: another process has it.
+    """
+    lock = filelock.FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise StudyError(f"Another process {does} {folder}; wait for it, or give another folder.") from None
+    with lock:
+        yield
 
 
 def is_temporary(path: Path) -> bool:

@@ -27,7 +27,7 @@ import numpy as np
 
 from duet_jax import config as configs
 from duet_jax import trial as trials
-from duet_jax._files import is_temporary, write
+from duet_jax._files import append_lines, is_temporary, write
 from duet_jax.config import StudyConfig
 from duet_jax.errors import FeedbackError, StudyError
 from duet_jax.trial import Trial
@@ -350,14 +350,7 @@ class Study:
 
     def append_metrics(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Adds lines to metrics.jsonl. Each has at least `trial` and `step`."""
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        with (self.folder / "metrics.jsonl").open("ab+") as file:
-            # A line that a killed run left unfinished must not swallow the next one.
-            if file.seek(0, os.SEEK_END) > 0:
-                file.seek(-1, os.SEEK_END)
-                if file.read(1) != b"\n":
-                    text = "\n" + text
-            file.write(text.encode())
+        append_lines(self.folder / "metrics.jsonl", rows)
 
     def metrics(self) -> list[dict[str, Any]]:
         """Logged steps in the order of (trial, step). Of a step logged twice the last counts."""

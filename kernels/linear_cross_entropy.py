@@ -124,6 +124,33 @@ def token_predictions(
     return jnp.zeros(count, jnp.float32).at[order].set(log_probs), jnp.ones(count, jnp.bool_).at[order].set(best)
 
 
+def token_error_norms(
+    hidden: Array, head: Array, labels: Array, mask: Array, *, chunk: int = 256, compute_dtype: Any = jnp.float32
+) -> Array:
+    """Euclidean norm of each token's predicted distribution less the one-hot of its label; forward only, plain JAX.
+
+    Args:
+      hidden, head, labels, mask, chunk, compute_dtype: as for `token_log_probs`.
+
+    Returns:
+      float32 `[N]` in [0, sqrt(2)], 0 where `mask` is False.
+    """
+    count = hidden.shape[0]
+    hidden, labels, weights, order, chunks = _weighted_first(hidden, labels, mask.astype(jnp.float32), chunk)
+
+    def body(i: Array, out: Array) -> Array:
+        rows = partial(jax.lax.dynamic_slice_in_dim, start_index=i * chunk, slice_size=chunk)
+        _, logits, log_normaliser = _chunk_log_probs(rows(hidden), head, rows(labels), compute_dtype)
+        # 1 - p of the label is the sum of the others, which does not cancel as sum p^2 - 2 p + 1 does near p = 1.
+        is_label = jnp.arange(head.shape[0])[None, :] == rows(labels)[:, None]
+        others = jnp.where(is_label, 0.0, jnp.exp(logits - log_normaliser[:, None]))
+        norms = jnp.sqrt(jnp.square(jnp.sum(others, axis=1)) + jnp.sum(jnp.square(others), axis=1))
+        return jax.lax.dynamic_update_slice_in_dim(out, norms * rows(weights), i * chunk, 0)
+
+    ordered = jax.lax.fori_loop(0, chunks, body, jnp.zeros(hidden.shape[0], jnp.float32))
+    return jnp.zeros(count, jnp.float32).at[order].set(ordered[:count])
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def linear_cross_entropy(
     hidden: Array,

@@ -1,6 +1,6 @@
 """Domains of prompt/response examples, tokenised and batched."""
 
-from duet_jax.data.batches import Batch, gather_batch, plan_batches
+from duet_jax.data.batches import Batch, gather_batch, plan_batches, plan_forward
 from duet_jax.data.domains import Domain, load_domains, load_examples
 from duet_jax.data.example import Example
 from duet_jax.data.tokenised import Encoded, encode, encode_prompts, join
@@ -17,4 +17,5 @@ __all__ = [
     "load_domains",
     "load_examples",
     "plan_batches",
+    "plan_forward",
 ]

@@ -52,17 +52,7 @@ def plan_batches(
       ValueError: no or non-positive buckets, `batch_size` below 1, or an example longer than the
         largest bucket.
     """
-    sizes = np.unique(np.asarray(buckets, np.int64))
-    lengths = np.asarray(lengths, np.int64)
-    if sizes.size == 0 or sizes[0] < 1:
-        raise ValueError(f"buckets must be one or more positive lengths, not {list(buckets)}")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
-    if lengths.size and lengths.max() > sizes[-1]:
-        raise ValueError(
-            f"example {lengths.argmax()} has {lengths.max()} tokens, more than the largest bucket "
-            f"{sizes[-1]} holds; max_length must not exceed the largest bucket"
-        )
+    sizes, lengths = _sizes(lengths, buckets, batch_size), np.asarray(lengths, np.int64)
     order = np.arange(len(lengths)) if rng is None else rng.permutation(len(lengths))
     place = np.searchsorted(sizes, lengths)[order]
     grouped = order[np.argsort(place, kind="stable")].astype(np.int32)
@@ -77,6 +67,60 @@ def plan_batches(
     if len(waiting):
         plan.append((int(sizes[np.searchsorted(sizes, lengths[waiting].max())]), waiting))
     return plan if rng is None else [plan[i] for i in rng.permutation(len(plan))]
+
+
+def plan_forward(
+    lengths: np.ndarray | Sequence[int], buckets: Sequence[int], batch_size: int
+) -> list[tuple[int, int, np.ndarray]]:
+    """Groups examples into batches of about as many tokens each, for passes that are not differentiated.
+
+    Examples come longest first, so that those of a batch have about the same length; the steps from bucket to bucket
+    are quartered, so that less is padding; and each batch has the tokens of `batch_size` examples of the largest
+    bucket. Only the last batch, of the shortest, has rows of padding; where one is enough for all, it has as many rows
+    as the next power of two.
+
+    Args:
+      lengths: tokens of each example, [n].
+      buckets: lengths of batches in training, in any order.
+      batch_size: examples of the largest bucket that a batch holds.
+
+    Returns:
+      A batch length, the rows that the batch has with those of padding, and the examples' indices, int32 [at most so
+      many rows], for each batch.
+
+    Raises:
+      ValueError: as for `plan_batches`.
+    """
+    sizes, lengths = _sizes(lengths, buckets, batch_size), np.asarray(lengths, np.int64)
+    below = np.concatenate([[0], sizes[:-1]])
+    finer = np.unique(below + -(-(sizes - below) * np.arange(1, 5)[:, None] // 4))
+    order = np.argsort(-lengths, kind="stable").astype(np.int32)
+    plan: list[tuple[int, int, np.ndarray]] = []
+    first = 0
+    while first < len(order):
+        length = int(finer[np.searchsorted(finer, lengths[order[first]])])
+        size = batch_size * int(sizes[-1]) // length
+        plan.append((length, size, order[first : first + size]))
+        first += size
+    if len(plan) == 1:
+        plan = [(length, min(size, 1 << (len(rows) - 1).bit_length()), rows) for length, size, rows in plan]
+    return plan
+
+
+def _sizes(lengths: np.ndarray | Sequence[int], buckets: Sequence[int], batch_size: int) -> np.ndarray:
+    """The buckets in order, int64 [n], if they hold all examples."""
+    sizes = np.unique(np.asarray(buckets, np.int64))
+    lengths = np.asarray(lengths, np.int64)
+    if sizes.size == 0 or sizes[0] < 1:
+        raise ValueError(f"buckets must be one or more positive lengths, not {list(buckets)}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+    if lengths.size and lengths.max() > sizes[-1]:
+        raise ValueError(
+            f"example {lengths.argmax()} has {lengths.max()} tokens, more than the largest bucket "
+            f"{sizes[-1]} holds; max_length must not exceed the largest bucket"
+        )
+    return sizes
 
 
 def gather_batch(encoded: Encoded, indices: np.ndarray, bucket_length: int, batch_size: int, pad_id: int) -> Batch:

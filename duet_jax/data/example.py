@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,3 +36,18 @@ def plain_text(prompt: str | tuple[dict[str, str], ...]) -> str:
     if isinstance(prompt, str):
         return prompt
     return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+
+
+def as_row(example: Example, *, chat: bool) -> dict[str, Any]:
+    """Columns from which `load_examples` reads the example again; with `chat` one conversation, `messages`."""
+    row: dict[str, Any] = {**example.meta, "id": example.id}
+    if not chat:
+        return row | {"prompt": example.prompt, "response": example.response}
+    prompt = example.prompt
+    turns = ([{"role": "user", "content": prompt}] if prompt else []) if isinstance(prompt, str) else list(prompt)
+    return row | {"messages": [*turns, {"role": "assistant", "content": example.response}]}
+
+
+def any_chat(examples: Iterable[Example]) -> bool:
+    """Whether a prompt is a conversation, so that a file of all of them needs the column `messages`."""
+    return any(not isinstance(example.prompt, str) for example in examples)

@@ -8,15 +8,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
 from duet_jax import models
-from duet_jax.data import Encoded, Example, encode, encode_prompts, gather_batch, plan_batches
+from duet_jax.data import Encoded, Example, encode, encode_prompts, plan_forward
 from duet_jax.errors import DataError
-from duet_jax.kernels.linear_cross_entropy import token_log_probs
+from duet_jax.feedback.likelihood import Score, response_log_probs, scorer
 from duet_jax.models import llama
 from duet_jax.models import lora as adapters
 from duet_jax.models.generate import Samples, generate
@@ -57,22 +55,9 @@ class Engine:
             )
 
     @cached_property
-    def score(self) -> Any:
-        """Compiled `(params, lora, tokens [B, T], mask [B, T]) -> float32 [B]`: summed log-probabilities."""
-
-        @jax.jit
-        def score(params: llama.Params, lora: adapters.Lora | None, tokens: Array, mask: Array) -> Array:
-            hidden = llama.hidden_states(self.model.config, params, tokens, lora=lora, compute_dtype=self.compute_dtype)
-            log_probs = token_log_probs(
-                hidden[:, :-1].reshape(-1, hidden.shape[-1]),
-                llama.output_head(params),
-                tokens[:, 1:].reshape(-1),
-                mask[:, 1:].reshape(-1),
-                compute_dtype=self.compute_dtype,
-            )
-            return jnp.sum(log_probs.reshape(mask[:, 1:].shape), axis=1)
-
-        return score
+    def score(self) -> Score:
+        """Compiled summed log-probabilities of responses."""
+        return scorer(self.model.config, self.compute_dtype)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -91,13 +76,11 @@ class Deployed:
 
     def log_probs(self, encoded: Encoded, batch_size: int) -> np.ndarray:
         """Summed log-probability of each response with its end of text, float64 `[n]`, nats."""
-        sums = np.zeros(len(encoded))
-        pending = []
-        for length, rows in plan_batches(encoded.lengths, self.engine.buckets, batch_size):
-            batch = gather_batch(encoded, rows, length, batch_size, self.engine.model.tokenizer.pad_id)
-            pending.append((rows, self.engine.score(self.params, self.lora, batch.tokens, batch.loss_mask)))
-        for rows, values in pending:
-            sums[rows] = np.asarray(values)[: len(rows)]
+        engine = self.engine
+        plan = plan_forward(encoded.lengths, engine.buckets, batch_size)
+        sums, pad_id = np.zeros(len(encoded)), engine.model.tokenizer.pad_id
+        rows = np.concatenate([np.zeros(0, np.int32), *(rows for _, _, rows in plan)])
+        sums[rows] = response_log_probs(engine.score, self.params, self.lora, encoded, plan, pad_id)
         return sums
 
     def sample(
@@ -151,8 +134,3 @@ class Deployed:
         base = self.engine.model
         models.save(dataclasses.replace(base, params=params, source=str(folder)), folder)
         return Path(folder)
-
-
-def response_tokens(encoded: Encoded) -> np.ndarray:
-    """Number of scored tokens of each example: the response and its end of text, int64 `[n]`."""
-    return encoded.lengths.astype(np.int64) - np.maximum(encoded.prompt_lengths, 1)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib
+import inspect
 import json
 import os
 import subprocess
@@ -18,7 +20,7 @@ from duet_jax.feedback.deployed import Deployed
 from duet_jax.types import Feedback
 
 
-def load_function(name: str, field: str = "task.function") -> Callable[..., Any]:
+def load_function(name: str, field: str) -> Callable[..., Any]:
     """The function named `module:function` in a field; modules of the working directory are found too.
 
     Raises:
@@ -37,6 +39,18 @@ def load_function(name: str, field: str = "task.function") -> Callable[..., Any]
             f"{field}: the module '{module_name}' has no function '{function_name}'; write it as module:function."
         )
     return function
+
+
+def source_of(function: Callable[..., Any]) -> str:
+    """SHA-256 of the text of a function's module, hexadecimal.
+
+    Changes in other modules that it imports, and in compiled ones, are not seen.
+    """
+    try:
+        source = inspect.getsource(inspect.getmodule(function) or function)
+    except (OSError, TypeError):
+        source = "compiled"
+    return hashlib.sha256(source.encode()).hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)

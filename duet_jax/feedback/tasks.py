@@ -15,7 +15,8 @@ import numpy as np
 from duet_jax.data import Encoded, Example
 from duet_jax.errors import DataError
 from duet_jax.feedback import answers
-from duet_jax.feedback.deployed import Deployed, Engine, response_tokens
+from duet_jax.feedback.deployed import Deployed, Engine
+from duet_jax.feedback.likelihood import response_tokens
 from duet_jax.feedback.rewards import Reward, build_reward
 from duet_jax.feedback.rewards.best_of import best_of
 from duet_jax.models.sampling import Sampling

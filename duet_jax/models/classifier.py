@@ -1,4 +1,4 @@
-"""Decoders with a sequence-classification head of one label, which is what reward models are."""
+"""Decoders with a sequence-classification head: of one label, as reward models have it, or of several."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ class Classifier(NamedTuple):
     Attributes:
       config: shape of the decoder.
       params: its parameters; the output head is tied, as there is none.
-      score: `[1, hidden]`, weights of the label, in their stored dtype.
+      score: `[labels, hidden]`, their weights, in their stored dtype.
+      labels: their names (`id2label` of config.json), or LABEL_0, LABEL_1, ... as in transformers.
       tokenizer: its tokenizer.
       pad_id: the id that transformers takes for padding, if the folder names one.
     """
@@ -31,31 +32,40 @@ class Classifier(NamedTuple):
     config: LlamaConfig
     params: Params
     score: np.ndarray
+    labels: tuple[str, ...]
     tokenizer: Tokenizer
     pad_id: int | None
 
 
-def read_classifier(folder: Path, *, dtype: Any) -> Classifier:
-    """Reads a Hugging Face folder with safetensors weights; parameters in `dtype`.
+def read_classifier(folder: Path, *, dtype: Any, labels: int = 1, kind: str = "reward model") -> Classifier:
+    """Reads a Hugging Face folder with safetensors weights.
+
+    Args:
+      folder: which.
+      dtype: of the parameters.
+      labels: how many there must be.
+      kind: what the model is, for messages.
 
     Raises:
-      ModelError: the folder is no model of ours, or there is no `score.weight` of one row.
+      ModelError: the folder is no model of ours, or there is no `score.weight` with a row for each label.
     """
     if not folder.is_dir():
-        raise ModelError(f"There is no reward model at {folder}; give a Hugging Face folder with {SCORE}.")
+        raise ModelError(f"There is no {kind} at {folder}; give a Hugging Face folder with {SCORE}.")
     raw = read_config(folder)
     config = dataclasses.replace(parse_config(raw, source=str(folder / "config.json")), tie_embeddings=True)
     tensors = open_safetensors(folder)
     kept = used_shapes(tensors)
     kept.pop(NAMES["head"], None)
     found = kept.pop(SCORE, None)
-    if found != (1, config.hidden_size):
+    if found != (labels, config.hidden_size):
         there = "is not there" if found is None else f"has shape {list(found)}"
         raise ModelError(
-            f"{folder} is no reward model: the tensor {SCORE} {there}; it must have the shape "
-            f"[1, {config.hidden_size}] of a sequence classifier with num_labels 1."
+            f"{folder} is no {kind}: the tensor {SCORE} {there}; it must have the shape "
+            f"[{labels}, {config.hidden_size}] of a sequence classifier with num_labels {labels}."
         )
     params = stack(config, dataclasses.replace(tensors, shapes=kept), NAMES, dtype=dtype)
     tokenizer = read_tokenizer(folder)
     check_vocabulary(config, tokenizer, str(folder))
-    return Classifier(config, params, tensors.read(SCORE), tokenizer, raw.get("pad_token_id"))
+    given = raw.get("id2label") or {}
+    names = tuple(str(given.get(str(number), f"LABEL_{number}")) for number in range(labels))
+    return Classifier(config, params, tensors.read(SCORE), names, tokenizer, raw.get("pad_token_id"))

@@ -108,7 +108,7 @@ def prefill(
     pass_ = Pass(compute_dtype, rotation(config, jnp.arange(tokens.shape[1])[None]))
     x = decoder.embedding[tokens].astype(jnp.float32)
     for params, adapters in decoder.layers:
-        x = _block(config, params)(x, adapters, pass_, attend)
+        x = block(config, params)(x, adapters, pass_, attend)
     last = x[jnp.arange(len(tokens)), lengths - 1]
     return rms_norm(last, decoder.norm, config.rms_norm_eps, jnp.float32), Cache(tuple(keys), tuple(values))
 
@@ -142,7 +142,7 @@ def step(
     pass_ = Pass(compute_dtype, rotation(config, position[:, None]))
     x = decoder.embedding[token][:, None].astype(jnp.float32)
     for params, adapters in decoder.layers:
-        x = _block(config, params)(x, adapters, pass_, attend)
+        x = block(config, params)(x, adapters, pass_, attend)
     hidden = rms_norm(x[:, 0], decoder.norm, config.rms_norm_eps, jnp.float32)
     return hidden, Cache(tuple(keys), tuple(values))
 
@@ -152,7 +152,8 @@ def _graph(config: LlamaConfig) -> nnx.GraphDef:
     return nnx.graphdef(nnx.eval_shape(lambda: Block(config, jnp.float32, rngs=nnx.Rngs(0))))
 
 
-def _block(config: LlamaConfig, params: Params) -> Block:
+def block(config: LlamaConfig, params: Params) -> Block:
+    """A decoder layer of these parameters, which are one layer's."""
     abstract = nnx.state(nnx.eval_shape(lambda: Block(config, jnp.float32, rngs=nnx.Rngs(0))))
     nnx.replace_by_pure_dict(abstract, params)
     return nnx.merge(_graph(config), abstract)

@@ -170,6 +170,7 @@ class Llama(nnx.Module):
         dropout_key: Array | None,
         pass_: Pass,
         taps: Taps | None = None,
+        attend: Attend | None = None,
     ) -> Array:
         """Final-norm hidden states float32 `[B, T, D]`."""
         block_def, layers = nnx.split(self.layers)
@@ -184,7 +185,7 @@ class Llama(nnx.Module):
             this = pass_
             if taps is not None:
                 this = dataclasses.replace(pass_, tap=lambda name, x, y: taps.observe(name, watched, x, y))
-            return nnx.merge(block_def, params)(x, adapters, this), None
+            return nnx.merge(block_def, params)(x, adapters, this, attend), None
 
         if pass_.remat != "none":
             layer = jax.checkpoint(layer, policy=KEEP if pass_.remat == "products" else None)
@@ -254,6 +255,8 @@ def hidden_states(
     compute_dtype: Any = jnp.float32,
     remat: Remat = "none",
     taps: Taps | None = None,
+    positions: Array | None = None,
+    attend: Attend | None = None,
 ) -> Array:
     """Final-norm hidden states of whole sequences.
 
@@ -267,10 +270,13 @@ def hidden_states(
       remat: what a backward pass computes again rather than keeps: nothing ("none"; keeps every intermediate, which
         is slow on CPUs), all but the products and attention ("products"), or whole layers ("full").
       taps: watches the products of all layers.
+      positions: int32 `[B, T]` of the tokens; None: one after the other, from 0.
+      attend: takes the place of causal attention.
 
     Returns:
       float32 `[B, T, D]`.
     """
-    positions = jnp.arange(tokens.shape[1])[None]
+    if positions is None:
+        positions = jnp.arange(tokens.shape[1])[None]
     pass_ = Pass(compute_dtype, rotation(config, positions), remat)
-    return _module(config, params)(tokens, lora, dropout_key, pass_, taps=taps)
+    return _module(config, params)(tokens, lora, dropout_key, pass_, taps=taps, attend=attend)

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from duet_jax._checks import check_truncation, require
+
 # Tokens that are summed up together when the cumulative distribution is inverted.
 BLOCK = 256
 
@@ -31,7 +33,7 @@ class Sampling:
     Tokens that are as probable as the last one kept are kept as well.
 
     Raises:
-      ValueError: a field is out of range.
+      ConfigError: a field is out of range.
     """
 
     temperature: float = 1.0
@@ -40,14 +42,9 @@ class Sampling:
     min_p: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, right, rule in (
-            ("temperature", 0 <= self.temperature < float("inf"), "a number of at least 0"),
-            ("top_k", self.top_k is None or self.top_k >= 1, "at least 1, or None"),
-            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
-            ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),
-        ):
-            if not right:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be {rule}.")
+        finite = 0 <= self.temperature < float("inf")
+        require(finite, "temperature", self.temperature, "a finite number of at least 0")
+        check_truncation(self)
 
 
 GREEDY = Sampling(temperature=0.0)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from duet_jax.data import Encoded, gather_batch, plan_batches
+from duet_jax.data import Encoded, gather_batch, plan_batches, plan_forward
 
 BUCKETS = (8, 16, 32)
 lengths_lists = st.lists(st.integers(0, 32), max_size=60)
@@ -97,3 +97,27 @@ def test_gather_rejects_what_does_not_fit():
         gather_batch(encoded, np.array([0, 1]), 8, 1, 0)
     with pytest.raises(ValueError, match="example 1 has 6 tokens and does not fit a bucket of 5"):
         gather_batch(encoded, np.array([1]), 5, 1, 0)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(lengths=lengths_lists, batch_size=st.integers(1, 7))
+def test_forward_batches_cover_every_example_within_the_budget(lengths, batch_size):
+    plan = plan_forward(lengths, BUCKETS, batch_size)
+    assert sorted(i for _, _, rows in plan for i in rows.tolist()) == list(range(len(lengths)))
+    assert sum(len(rows) < size for _, size, rows in plan) <= 1
+    for length, size, rows in plan:
+        assert length in (2, 4, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32)
+        assert size * length <= 32 * batch_size and max(lengths[i] for i in rows) <= length
+        # Budget is given away only where there is no room for one more row, or one batch is enough for all.
+        assert (size + 1) * length > 32 * batch_size or len(plan) == 1
+    if len(plan) == 1:
+        assert len(plan[0][2]) <= plan[0][1] < 2 * len(plan[0][2])
+    padded = sum(size * length for length, size, _ in plan)
+    assert padded <= 32 * max(len(lengths) + batch_size, 1)
+
+
+def test_forward_batches_pad_less_than_those_of_training():
+    lengths = np.random.default_rng(0).integers(1, 33, 500)
+    forward = sum(length * size for length, size, _ in plan_forward(lengths, BUCKETS, 8))
+    training = sum(length * 8 for length, _ in plan_batches(lengths, BUCKETS, 8))
+    assert forward < 1.15 * lengths.sum() < training

@@ -402,13 +402,13 @@ def test_a_study_sums_benchmarks(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "options", "error", "message"),
     [
-        ({}, {"metric": "f1"}, ConfigError, "task.metric is 'f1'; the benchmark choose has acc,none, acc_norm,none"),
-        ({"num_fewshot": 0}, {"num_fewshot": 3}, ConfigError, "task.num_fewshot is 3, but .* made for 0"),
+        ({}, {"metric": "f1"}, ConfigError, "metric is 'f1'; the benchmark choose has acc,none, acc_norm,none"),
+        ({"num_fewshot": 0}, {"num_fewshot": 3}, ConfigError, "num_fewshot is 3, but .* made for 0"),
         ({"unsafe_code": True}, {}, ConfigError, "runs code that the model writes"),
         ({"doc_to_image": "x"}, {}, ConfigError, "must be text alone"),
         ({"doc_to_choice": "{{nothing.at.all}}"}, {}, DataError, "choose.yaml cannot be loaded: .*nothing"),
         ({"dataset_kwargs": {"data_files": {"test": "gone.jsonl"}}}, {}, DataError, "cannot be loaded: .*gone.jsonl"),
-        ({}, {"max_length": 97}, ConfigError, "task.max_length is 97, but the model tiny takes at most 96"),
+        ({}, {"max_length": 97}, ConfigError, "max_length is 97, but the model tiny takes at most 96"),
         ({"metric_list": [{"metric": "acc", "higher_is_better": None}]}, {}, ConfigError, "does not say whether"),
         (
             {"output_type": "generate_until", "doc_to_choice": None, "metric_list": [{"metric": "exact_match"}]},

@@ -63,11 +63,11 @@ def test_python_answers(answer, expected):
 def test_functions_are_found_in_the_working_directory(tmp_path, monkeypatch):
     (tmp_path / "my_unseen_task.py").write_text("def score(model):\n    return 1.5\n")
     monkeypatch.chdir(tmp_path)
-    assert PythonTask(load_function("my_unseen_task:score"))(None).value == 1.5
+    assert PythonTask(load_function("my_unseen_task:score", "task.function"))(None).value == 1.5
     with pytest.raises(ConfigError, match="has no function 'other'"):
-        load_function("my_unseen_task:other")
+        load_function("my_unseen_task:other", "task.function")
     with pytest.raises(ConfigError, match="cannot be imported"):
-        load_function("no_such_module_here:score")
+        load_function("no_such_module_here:score", "task.function")
 
 
 def test_stars_and_noise():

@@ -8,7 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from duet_jax.kernels.linear_cross_entropy import linear_cross_entropy, token_log_probs, token_predictions
+from duet_jax.kernels.linear_cross_entropy import (
+    linear_cross_entropy,
+    token_error_norms,
+    token_log_probs,
+    token_predictions,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -94,3 +99,30 @@ def test_predictions_are_those_of_the_dense_logits(chunk):
     np.testing.assert_allclose(log_probs, jnp.where(weights != 0, dense, 0.0), rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(is_best, (labels == best) | (weights == 0))
     assert 0 < np.sum(is_best & (weights != 0)) < np.sum(weights != 0)
+
+
+@pytest.mark.parametrize("chunk", [4, 64])
+def test_error_norms_are_those_of_the_dense_softmax(chunk):
+    hidden, head, labels, weights = problem(6, 0.6)
+    error = jax.nn.softmax(hidden @ head.T) - jax.nn.one_hot(labels, VOCAB)
+    found = token_error_norms(hidden, head, labels, weights != 0, chunk=chunk)
+    np.testing.assert_allclose(found, jnp.where(weights != 0, jnp.linalg.norm(error, axis=1), 0.0), rtol=1e-5)
+
+
+def test_the_error_norm_of_a_sure_prediction_has_its_digits():
+    """Two tokens whose logits are `gap` apart: the norm is sqrt(2) / (1 + exp(gap)), also where p^2 - 2 p + 1 is 0."""
+    for gap in (2.0, 12.0, 30.0):
+        found = token_error_norms(jnp.ones((1, 1)), jnp.array([[gap], [0.0]]), jnp.zeros(1, int), jnp.ones(1, bool))
+        np.testing.assert_allclose(found, np.sqrt(2) / (1 + np.exp(gap)), rtol=1e-5)
+
+
+def test_error_norms_of_all_tokens_never_meet_the_vocabulary_at_once():
+    rows, size, vocab, chunk = 4096, 8, 4096, 64
+    shapes = (
+        jax.ShapeDtypeStruct((rows, size), jnp.float32),
+        jax.ShapeDtypeStruct((vocab, size), jnp.float32),
+        jax.ShapeDtypeStruct((rows,), jnp.int32),
+        jax.ShapeDtypeStruct((rows,), jnp.bool_),
+    )
+    memory = jax.jit(partial(token_error_norms, chunk=chunk)).lower(*shapes).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 4 * chunk * vocab * 4 + 4 * rows * size * 4

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from duet_jax._checks import nearest
+from duet_jax._checks import FieldError, nearest
 from duet_jax.errors import ConfigError, DataError, DuetError, FeedbackError
 from duet_jax.feedback.deployed import Deployed, Engine
 from duet_jax.types import Feedback
@@ -95,7 +95,7 @@ def load_benchmark(config: TaskConfig) -> Benchmark:
     within = {child for children in loaded["group_map"].values() for child in children}
     tops = [one for one in (*loaded["groups"], *tasks) if one not in within]
     if len(tops) != 1:
-        raise ConfigError(f"task.benchmark is {name!r}, a tag of {len(tops)} tasks; name one of {', '.join(tops)}.")
+        raise FieldError("benchmark", f"is {name!r}, a tag of {len(tops)} tasks; name one of {', '.join(tops)}.")
     return Benchmark(tops[0], loaded, config.max_examples)
 
 
@@ -127,10 +127,8 @@ class HarnessTask:
         """
         longest = engine.model.config.max_length if config.max_length is None else config.max_length
         if longest > engine.model.config.max_length:
-            raise ConfigError(
-                f"task.max_length is {longest}, but the model {engine.model.source} takes at most "
-                f"{engine.model.config.max_length} tokens."
-            )
+            most = engine.model.config.max_length
+            raise FieldError("max_length", f"is {longest}, but the model {engine.model.source} takes at most {most}.")
         buckets = (*(1 << i for i in range(SHORTEST.bit_length() - 1, (longest - 1).bit_length())), longest)
         engine = dataclasses.replace(engine, buckets=buckets)
         try:
@@ -200,9 +198,10 @@ def _find(name: str) -> tuple[Any, str]:
     manager = _own_tasks()
     if name not in manager.all_tasks:
         near = nearest(name, manager.all_tasks)
-        raise ConfigError(
-            f"task.benchmark is {name!r}, which is no file and none of the {len(manager.all_tasks)} tasks and groups "
-            f"of lm_eval (lm-eval ls tasks lists them){f'; did you mean {near!r}' if near else ''}?"
+        raise FieldError(
+            "benchmark",
+            f"is {name!r}, which is no file and none of the {len(manager.all_tasks)} tasks and groups of lm_eval "
+            f"(lm-eval ls tasks lists them){f'; did you mean {near!r}' if near else ''}?",
         )
     return manager, name
 
@@ -222,7 +221,7 @@ def _set_examples(task: Any, name: str, wanted: int | None) -> None:
     """Sets the number of solved examples in a prompt; some tasks have none in principle."""
     own = task.get_config("num_fewshot")
     if own == 0 and wanted:
-        raise ConfigError(f"task.num_fewshot is {wanted}, but the benchmark {name} is made for 0; leave it out.")
+        raise FieldError("num_fewshot", f"is {wanted}, but the benchmark {name} is made for 0; leave it out.")
     if wanted is not None or own is None:
         task.set_config(key="num_fewshot", value=wanted or 0)
 
@@ -242,7 +241,7 @@ def _choose(wanted: str | None, metrics: list[str], benchmark: Benchmark) -> str
         raise ConfigError(f"The benchmark {benchmark.name} is a group without a metric of its own; use one of {tasks}.")
     found = [metric for metric in metrics if wanted in (None, metric, metric.rpartition(",")[0])]
     if not found:
-        raise ConfigError(f"task.metric is {wanted!r}; the benchmark {benchmark.name} has {', '.join(metrics)}.")
+        raise FieldError("metric", f"is {wanted!r}; the benchmark {benchmark.name} has {', '.join(metrics)}.")
     return found[0]
 
 

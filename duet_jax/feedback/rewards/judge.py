@@ -8,6 +8,7 @@ probability is that of the first token of the verdict, among the two letters. It
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Sequence
 
@@ -67,23 +68,15 @@ def judge(source: str, *, reference: bool, batch_size: int = 8, dtype: str = "fl
     Raises:
       ModelError: there is no such model, or its tokenizer has no single tokens for the letters.
     """
-    model = models.load(source, dtype=resident_dtype(dtype))
-    letters = _letter_ids(model)
-    readout = Readout(model, llama.output_head(model.params)[letters].astype(jnp.float32), batch_size, jnp.dtype(dtype))
-    chat = model.tokenizer.chat_template is not None
+    asked = two_letters(source, batch_size, dtype)
 
     def function(replies: Sequence[str], examples: Sequence[Example]) -> list[float]:
-        asked = [
+        questions = [
             Example(id=example.id, prompt=question, response="")
             for reply, example in zip(replies, examples, strict=True)
             for question in (_compare(reply, example) if reference else _grade(reply, example))
         ]
-        # Whatever is too long for the model is refused by the readout, not cut.
-        encoded = encode_prompts(asked, model.tokenizer, chat=chat, max_length=sys.maxsize)
-        logits = readout(encoded, [length - 1 for length in encoded.lengths]).astype(float)
-        # 2 P(A) / (P(A) + P(B)) - 1, which never overflows.
-        leaning = np.tanh((logits[:, 0] - logits[:, 1]) / 2)
-        return ((2 + leaning[0::2] - leaning[1::2]) / 4).tolist()
+        return asked(questions).tolist()
 
     prompts = COMPARE if reference else "\n".join((GRADE, GOOD, BAD))
     return Reward(
@@ -91,9 +84,54 @@ def judge(source: str, *, reference: bool, batch_size: int = 8, dtype: str = "fl
         low=0.0,
         high=1.0,
         needs_label=reference,
-        identity=f"judge {readout.identity}, asked: {prompts}",
+        identity=f"judge {asked.identity}, asked: {prompts}",
         function=function,
     )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TwoLetters:
+    """A model that answers questions with A or B, each question put both ways round.
+
+    Attributes:
+      readout: logits of the two letters.
+      chat: whether questions go through the chat template.
+    """
+
+    readout: Readout
+    chat: bool
+
+    def __call__(self, questions: Sequence[Example]) -> np.ndarray:
+        """Probabilities float64 `[n]` of what A means in the first of each two questions and B in the second.
+
+        Args:
+          questions: 2n of them, prompts alone.
+        """
+        # Whatever is too long for the model is refused by the readout, not cut.
+        tokenizer = self.readout.model.tokenizer
+        encoded = encode_prompts(questions, tokenizer, chat=self.chat, max_length=sys.maxsize)
+        logits = self.readout(encoded, [length - 1 for length in encoded.lengths]).astype(float)
+        # 2 P(A) / (P(A) + P(B)) - 1, which never overflows.
+        leaning = np.tanh((logits[:, 0] - logits[:, 1]) / 2)
+        return (2 + leaning[0::2] - leaning[1::2]) / 4
+
+    @property
+    def identity(self) -> str:
+        """All that decides its answers, besides the questions."""
+        return self.readout.identity
+
+
+def two_letters(source: str, batch_size: int, dtype: str) -> TwoLetters:
+    """The model of a judge; see `judge` for the arguments.
+
+    Raises:
+      ModelError: there is no such model, or its tokenizer has no single tokens for the letters.
+    """
+    model = models.load(source, dtype=resident_dtype(dtype))
+    letters = _letter_ids(model)
+    rows = llama.output_head(model.params)[letters].astype(jnp.float32)
+    readout = Readout(model, rows, batch_size, jnp.dtype(dtype))
+    return TwoLetters(readout, model.tokenizer.chat_template is not None)
 
 
 def _letter_ids(model: models.Model) -> np.ndarray:

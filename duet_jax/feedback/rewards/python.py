@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from duet_jax.data import Example
 from duet_jax.errors import FeedbackError
-from duet_jax.feedback.outside import load_function
+from duet_jax.feedback.outside import load_function, source_of
 from duet_jax.feedback.rewards.reward import Reward
 
 
 def python(name: str, *, low: float = -math.inf, high: float = math.inf, needs_label: bool, workers: int = 1) -> Reward:
     """The reward of the function named `module:callable`, called with a reply and its example.
 
-    Its identity includes the text of its module, so that a changed function is not answered from a cache; changes in
-    other modules that it imports, and in compiled ones, are not seen.
+    Its identity includes the text of its module, so that a changed function is not answered from a cache.
 
     Args:
       name: modules of the working directory are found too.
@@ -30,10 +27,6 @@ def python(name: str, *, low: float = -math.inf, high: float = math.inf, needs_l
       ConfigError: there is no such function.
     """
     function = load_function(name, "reward.function")
-    try:
-        source = inspect.getsource(inspect.getmodule(function) or function)
-    except (OSError, TypeError):
-        source = "compiled"
 
     def one(reply: str, example: Example) -> float:
         try:
@@ -47,5 +40,4 @@ def python(name: str, *, low: float = -math.inf, high: float = math.inf, needs_l
         with ThreadPoolExecutor(workers) as pool:
             return list(pool.map(one, replies, examples))
 
-    digest = hashlib.sha256(source.encode()).hexdigest()
-    return Reward(name, low, high, needs_label, f"python {name} {low} {high} {digest}", every)
+    return Reward(name, low, high, needs_label, f"python {name} {low} {high} {source_of(function)}", every)

@@ -33,17 +33,23 @@ def best_rouge_l(reply: str, accepted: Iterable[str]) -> float:
     beta = 1, the whole text taken as one sentence; words are runs of a-z and 0-9 in lower case, not stemmed, as in
     the package rouge-score. A text without words scores 0.
     """
-    words = _WORD.findall(reply.lower())
-    return max(_rouge_l(words, _WORD.findall(other.lower())) for other in accepted)
+    found = words(reply)
+    return max(rouge_l_of_words(found, words(other)) for other in accepted)
 
 
 rouge_l = against_references(best_rouge_l)
 
 
-def _rouge_l(words: Sequence[str], others: Sequence[str]) -> float:
-    common = common_subsequence(words, others)
-    # 2PR / (P + R) of P = common / len(words) and R = common / len(others).
-    return 2 * common / (len(words) + len(others)) if common else 0.0
+def words(text: str) -> list[str]:
+    """The words that ROUGE-L compares."""
+    return _WORD.findall(text.lower())
+
+
+def rouge_l_of_words(one: Sequence[str], other: Sequence[str]) -> float:
+    """`best_rouge_l` of texts that are lists of words already."""
+    common = common_subsequence(one, other)
+    # 2PR / (P + R) of P = common / len(one) and R = common / len(other).
+    return 2 * common / (len(one) + len(other)) if common else 0.0
 
 
 def common_subsequence(one: Sequence[str], other: Sequence[str]) -> int:
