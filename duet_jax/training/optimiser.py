@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 def program_of(settings: TrainingConfig) -> TrainingConfig:
     """What of the settings is compiled: equal for trainings that share their programs, see `Trainer.retuned`."""
     lora = dataclasses.replace(settings.lora, alpha=1.0, layers=None, dropout=0.5 * (settings.lora.dropout > 0))
+    online = settings.online and dataclasses.replace(settings.online, reference=None)
     return dataclasses.replace(
         settings,
         learning_rate=1.0,
@@ -27,6 +28,7 @@ def program_of(settings: TrainingConfig) -> TrainingConfig:
         clip_norm=1.0,
         checkpoint_every=1,
         lora=lora,
+        online=online,
     )
 
 

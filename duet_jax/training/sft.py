@@ -21,77 +21,31 @@ import numpy as np
 import optax
 from jax import Array
 
-from duet_jax.data import Batch, Encoded, gather_batch, plan_batches
+from duet_jax.data import Batch, Encoded, gather_batch
 from duet_jax.kernels.linear_cross_entropy import linear_cross_entropy
 from duet_jax.models import llama
 from duet_jax.models import lora as adapters
+from duet_jax.training import online
 from duet_jax.training.checkpoint import Checkpoints
 from duet_jax.training.optimiser import adam, learning_rates
+from duet_jax.training.reports import StepReport as StepReport
+from duet_jax.training.reports import Trained as Trained
+from duet_jax.training.steps import Dials, TrainState, accumulate, drive, network, plan_epochs, update
 
 if TYPE_CHECKING:
     from duet_jax.config import TrainingConfig
 
 
-class TrainState(NamedTuple):
-    """What a step changes: LoRA factors or all parameters, float32, and the optimiser's moments."""
-
-    trainable: Any
-    optimiser: optax.OptState
-
-
-class Dials(NamedTuple):
-    """Settings that a step takes as numbers: none of their values is a program of its own.
-
-    Attributes:
-      clip_norm, weight_decay: scalars.
-      scale: float32 `[layers]`, of the adapters' products, 0 in layers without adapters; None if all is trained.
-      dropout: probability that an input of an adapter is dropped.
-    """
-
-    clip_norm: Any
-    weight_decay: Any
-    scale: Any
-    dropout: Any
-
-
 class Metrics(NamedTuple):
-    """Scalars of one step: mean loss per response token in nats, gradient norm before clipping, tokens."""
+    """Scalars of one step: mean loss per response token in nats, gradient norm before clipping, tokens.
+
+    `choice` says what of the step's candidates was trained on; None where it is all that was drawn.
+    """
 
     loss: Array
     gradient_norm: Array
     response_tokens: Array
-
-
-@dataclasses.dataclass(frozen=True)
-class StepReport:
-    """One finished step, on the host. `tokens` counts the prompt and response tokens it trained on."""
-
-    step: int
-    steps: int
-    loss: float
-    gradient_norm: float
-    learning_rate: float
-    tokens: int
-    seconds: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Trained:
-    """A finished training.
-
-    Attributes:
-      trainable: LoRA factors or all parameters.
-      steps: number of optimiser steps.
-      tokens: prompt and response tokens trained on, all epochs, padding not counted.
-      loss: mean training loss per response token over the whole run, nats.
-      seconds: wall time in this process; a resumed run counts from its checkpoint.
-    """
-
-    trainable: Any
-    steps: int
-    tokens: int
-    loss: float
-    seconds: float
+    choice: online.Choice | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -151,6 +105,10 @@ class Trainer:
             trainable = jax.tree.map(lambda x: x.astype(jnp.float32), self.load_base())
         else:
             trainable = self._new_factors(key)
+        return self.restart(trainable)
+
+    def restart(self, trainable: Any) -> TrainState:
+        """The state before the first step of a training that begins at factors or parameters that are there."""
         return TrainState(trainable, self._new_moments(trainable))
 
     @cached_property
@@ -180,9 +138,7 @@ class Trainer:
           weights: float32 `[B, T]`: what the prediction of each token counts, 0 at `t = 0`.
           key: key of LoRA dropout.
         """
-        params, lora = trainable, None
-        if base is not None:
-            params, lora = base, adapters.Lora(trainable, dials.scale, dials.dropout)
+        params, lora = network(trainable, base, dials)
         hidden = llama.hidden_states(
             self.model,
             params,
@@ -206,7 +162,8 @@ class Trainer:
         """One compiled optimiser step: `(state, base, dials, tokens, mask, rate, key, number) -> (state, metrics)`.
 
         `state` is donated. Gradients of `micro_batch_size` rows at a time are added up; each response token of
-        the whole batch counts the same.
+        the whole batch counts the same. Under online selection the rows are candidates, and one more argument is the
+        float32 `[candidates]` summed losses of their responses under the reference.
         """
 
         @partial(jax.jit, donate_argnums=(0,))
@@ -219,52 +176,42 @@ class Trainer:
             rate: Array,
             key: Array,
             number: Array,
+            reference: Array | None = None,
         ) -> tuple[TrainState, Metrics]:
+            choice = None
+            if reference is not None:
+                params, lora = network(state.trainable, base, dials)
+                choice = online.choose(
+                    self.settings, self.model, params, lora, tokens, mask, reference, self.compute_dtype
+                )
+                tokens, mask = tokens[choice.rows], mask[choice.rows] & choice.kept[:, None]
             response_tokens = jnp.sum(mask)
             weights = mask / jnp.maximum(response_tokens, 1).astype(jnp.float32)
             key = jax.random.fold_in(key, number)
             loss, gradient = self._gradient(state.trainable, base, dials, tokens, weights, key)
-            norm = optax.tree.norm(gradient)
-            rule = adam(dials.clip_norm, dials.weight_decay)
-            update, optimiser = rule.update(gradient, state.optimiser, state.trainable)
-            trainable = jax.tree.map(lambda p, u: p - rate * u, state.trainable, update)
-            return TrainState(trainable, optimiser), Metrics(loss, norm, response_tokens)
+            state, norm = update(state, gradient, dials, rate)
+            return state, Metrics(loss, norm, response_tokens, choice)
 
         return step
 
     def _gradient(
         self, trainable: Any, base: llama.Params | None, dials: Dials, tokens: Array, weights: Array, key: Array
     ) -> tuple[Array, Any]:
-        rows = tokens.shape[0]
-        size = self.settings.micro_batch_size or rows
         base = None if base is None else llama.frozen(base, self.compute_dtype)
-        differentiate = jax.value_and_grad(self.loss)
-        if size == rows:
-            return differentiate(trainable, base, dials, tokens, weights, key)
 
-        def add(total: tuple[Array, Any], part: tuple) -> tuple[tuple[Array, Any], None]:
-            value = differentiate(trainable, base, dials, *part)
-            return jax.tree.map(jnp.add, total, value), None
+        def differentiate(trainable: Any, tokens: Array, weights: Array, key: Array) -> tuple[Array, Any]:
+            return jax.value_and_grad(self.loss)(trainable, base, dials, tokens, weights, key)
 
-        parts = (
-            tokens.reshape(rows // size, size, -1),
-            weights.reshape(rows // size, size, -1),
-            jax.random.split(key, rows // size),
-        )
-        zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, trainable))
-        return jax.lax.scan(add, zero, parts)[0]
+        size = self.settings.micro_batch_size or tokens.shape[0]
+        losses, gradient = accumulate(differentiate, trainable, (tokens, weights), key, size)
+        return jnp.sum(losses), gradient
 
     def plan(self, data: Encoded, rows: np.ndarray, seed: int) -> list[tuple[int, np.ndarray]]:
         """The batches of all epochs in order, as (bucket length, rows of `data`); a pure function of its input."""
         lengths = np.array([len(data.tokens[row]) for row in rows])
-        batches = []
-        for epoch in range(self.settings.epochs):
-            rng = np.random.default_rng([seed, epoch])
-            batches += [
-                (length, rows[chosen])
-                for length, chosen in plan_batches(lengths, self.buckets, self.settings.batch_size, rng=rng)
-            ]
-        return batches
+        settings = self.settings
+        batches = plan_epochs(lengths, self.buckets, settings.drawn, settings.epochs, seed)
+        return [(length, rows[chosen]) for length, chosen in batches]
 
     def fit(
         self,
@@ -277,6 +224,7 @@ class Trainer:
         folder: Path | None = None,
         on_step: Callable[[StepReport], None] = lambda report: None,
         on_epoch: Callable[[int, TrainState], None] | None = None,
+        reference: np.ndarray | None = None,
     ) -> Trained:
         """Trains from the base model on the given rows, or goes on from the checkpoint in `folder`.
 
@@ -292,24 +240,31 @@ class Trainer:
           on_epoch: called with the number of steps done and the state at the end of each epoch, before a checkpoint
             is written there; the next step takes the state's arrays over. An epoch's end may come by a second time
             after a crash, with the same bits.
+          reference: of online selection, and of nothing else: float32 `[len(data)]`, summed loss of each response of
+            `data` under the reference, nats.
 
         Returns:
           The trained factors or parameters. Stopped and called again, it ends with the same bits.
 
         Raises:
           ModelError: the checkpoint in `folder` is of another model or of other data.
+          ValueError: a reference is missing, or nobody asked for it.
         """
+        if (reference is None) != (self.settings.online is None):
+            raise ValueError("a reference is needed for settings with online selection, and for no others")
         batches = self.plan(data, rows, seed)
         state = self.start(jax.random.key(start_seed))
         if folder is None:
-            return self._run(data, batches, state, seed, None, {}, 0, on_step, on_epoch)
+            return self._run(data, batches, state, seed, None, {}, 0, on_step, on_epoch, reference)
         identity = {"model": fingerprint, "data": _digest(data, batches), "settings": repr(self.settings)}
+        if reference is not None:
+            identity["reference"] = hashlib.sha256(reference.tobytes()).hexdigest()
         with Checkpoints(folder, identity) as checkpoints:
             found = checkpoints.restore(state)
             done, progress = 0, {"loss": 0.0, "response_tokens": 0.0, "tokens": 0.0}
             if found is not None:
                 done, state, progress = found
-            return self._run(data, batches, state, seed, checkpoints, progress, done, on_step, on_epoch)
+            return self._run(data, batches, state, seed, checkpoints, progress, done, on_step, on_epoch, reference)
 
     def _run(
         self,
@@ -322,39 +277,44 @@ class Trainer:
         done: int,
         on_step: Callable[[StepReport], None],
         on_epoch: Callable[[int, TrainState], None] | None,
+        reference: np.ndarray | None,
     ) -> Trained:
         began, steps = time.perf_counter(), len(batches)
         epoch = steps // self.settings.epochs
         totals = {"loss": 0.0, "response_tokens": 0.0, "tokens": 0.0} | progress
         rates = learning_rates(self.settings, steps)
         key, base, dials = jax.random.key(seed), None if self._adapter is None else self.load_base(), self.dials
-        last: tuple[int, Metrics, int] | None = None
 
-        def finish(number: int, metrics: Metrics, tokens: int) -> None:
-            loss, norm, response_tokens = (float(x) for x in metrics)
+        def advance(number: int, state: TrainState) -> tuple[TrainState, Metrics]:
+            length, rows = batches[number]
+            batch: Batch = gather_batch(data, rows, length, self.settings.drawn, self.pad_id)
+            # Rows of padding, whose index is -1, get some loss; that they have no scored token tells them apart.
+            extra = () if reference is None else (reference[batch.index],)
+            return self.step(
+                state, base, dials, batch.tokens, batch.loss_mask, rates[number], key, np.int32(number), *extra
+            )
+
+        def finish(number: int, metrics: Metrics) -> None:
+            rows = batches[number][1]
+            loss, norm, response_tokens = (float(x) for x in metrics[:3])
+            score = None
+            if metrics.choice is not None:
+                rows = rows[np.asarray(metrics.choice.rows)[np.asarray(metrics.choice.kept)]]
+                score = float(metrics.choice.score)
+            tokens = sum(len(data.tokens[row]) for row in rows)
             totals["loss"] += loss * response_tokens
             totals["response_tokens"] += response_tokens
             totals["tokens"] += tokens
             seconds = time.perf_counter() - began
-            on_step(StepReport(number + 1, steps, loss, norm, float(rates[number]), tokens, seconds))
+            on_step(StepReport(number + 1, steps, loss, norm, float(rates[number]), tokens, seconds, score))
 
-        for number in range(done, steps):
-            length, rows = batches[number]
-            batch: Batch = gather_batch(data, rows, length, self.settings.batch_size, self.pad_id)
-            state, metrics = self.step(
-                state, base, dials, batch.tokens, batch.loss_mask, rates[number], key, np.int32(number)
-            )
-            if last is not None:
-                finish(*last)
-            last = number, metrics, sum(len(data.tokens[row]) for row in rows)
-            if on_epoch is not None and (number + 1) % epoch == 0:
-                on_epoch(number + 1, state)
-            ended = number + 1 == steps
-            if ended or (checkpoints and (number + 1) % self.settings.checkpoint_every == 0):
-                finish(*last)
-                last = None
-                if checkpoints:
-                    checkpoints.save(number + 1, state, totals)
+        def after(number: int, state: TrainState) -> None:
+            if on_epoch is not None and number % epoch == 0:
+                on_epoch(number, state)
+
+        save = None if checkpoints is None else lambda number, state: checkpoints.save(number, state, totals)
+        every = self.settings.checkpoint_every
+        state = drive(state, done, steps, every, advance=advance, finish=finish, after=after, save=save)
         mean_loss = totals["loss"] / max(totals["response_tokens"], 1.0)
         return Trained(state.trainable, steps, int(totals["tokens"]), mean_loss, time.perf_counter() - began)
 

@@ -111,7 +111,7 @@ def test_accumulated_micro_batches_equal_the_whole_batch(data):
     assert whole.tokens == parts.tokens == int(sum(len(t) for t in data.tokens))
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("dropout", [0.0, pytest.param(0.2, marks=pytest.mark.slow)])
 def test_a_stopped_training_ends_with_the_same_bits(tmp_path, data, dropout):
     lora = LoraSettings(rank=2, alpha=4.0, dropout=dropout)
     straight = run(trainer(lora=lora), data)
