@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import jax
@@ -82,24 +82,8 @@ class Loaded:
           FeedbackError: a reply cannot be rewarded.
         """
         if selector.scores:
-            asked = self._asked(selector, goal)
-
-            def read(examples: Sequence[Example], name: str) -> Encoded:
-                return self.encode(examples, name) if asked is None else self.engine.encode_prompts(examples)
-
-            pool = Pool(
-                names=tuple(domain.name for domain in self.domains),
-                train=self.train,
-                validation=tuple(read(d.validation, f"{d.name} (validation)") for d in self.domains),
-                targets=tuple((name, read(examples, name)) for name, examples in goal.targets),
-                trainer=self.trainer,
-                fingerprint=self.model.fingerprint,
-                seed=seed,
-                say=say,
-                on_progress=on_progress,
-                asked=asked,
-            )
-            return score(pool, selector, folder)
+            asked = self._asked(selector, goal, say)
+            return score(self.pool(goal, asked, seed, say, on_progress), selector, folder)
         found = []
         for domain, encoded in zip(self.domains, self.train, strict=True):
             every = load_utilities(selector.kind, domain.name, domain.train, path=selector.path, cache_folder=folder)
@@ -107,7 +91,41 @@ class Loaded:
             found.append(every[[example.id in kept for example in domain.train]])
         return tuple(found)
 
-    def _asked(self, selector: SelectorConfig, goal: Goal) -> Asked | None:
+    def pool(
+        self,
+        goal: Goal,
+        asked: Asked | None,
+        seed: int,
+        say: Callable[[str], None],
+        on_progress: Callable[[str, int, int], None],
+    ) -> Pool:
+        """What is scored, and what scoring needs; targets and held-out examples are prompts alone where it is asked."""
+
+        def read(examples: Sequence[Example], name: str) -> Encoded:
+            return self.encode(examples, name) if asked is None else self.engine.encode_prompts(examples)
+
+        return Pool(
+            names=tuple(domain.name for domain in self.domains),
+            train=self.train,
+            validation=tuple(read(d.validation, f"{d.name} (validation)") for d in self.domains),
+            targets=tuple((name, read(examples, name)) for name, examples in goal.targets),
+            trainer=self.trainer,
+            fingerprint=self.model.fingerprint,
+            seed=seed,
+            say=say,
+            on_progress=on_progress,
+            asked=asked,
+            examples=self._kept,
+            engine=self.engine,
+        )
+
+    @property
+    def _kept(self) -> tuple[tuple[Example, ...], ...]:
+        """The domains' training examples less those that were left out because of their length."""
+        kept = [set(encoded.ids) for encoded in self.train]
+        return tuple(tuple(e for e in d.train if e.id in ids) for d, ids in zip(self.domains, kept, strict=True))
+
+    def _asked(self, selector: SelectorConfig, goal: Goal, say: Callable[[str], None]) -> Asked | None:
         if goal.reward is None:
             return None
         examples = tuple(example for _, part in goal.sets(self.domains) for example in part)
@@ -121,6 +139,11 @@ class Loaded:
                 )
             prompts, tokenizer = self.engine.encode_prompts(examples), self.model.tokenizer
             external = external_samples(policy.external, prompts, tokenizer, policy.max_new_tokens)
+            if cut := int(np.count_nonzero(~external.ended)):
+                say(
+                    f"{policy.external}: {cut} of {external.ended.size} replies are cut at {policy.max_new_tokens} "
+                    f"tokens, for the reward too; raise selector.policy.max_new_tokens to have them whole"
+                )
         return Asked(self.engine, examples, goal.reward, external)
 
 
@@ -180,7 +203,10 @@ def load(
     Raises:
       ConfigError, DataError, ModelError: the first mistake found.
     """
+    if training.online is not None:
+        raise ConfigError("training.online is of the rounds of a study; leave it out.")
     model = _load_model(config, data, training, domains, others, seed)
+    check_layers(model, training, [training.lora.layers or ()])
     size = sum(x.size for x in jax.tree.leaves(model.params)) / 1e6
     say(f"model: {model.source}, {size:.1f} M parameters, computing in {config.dtype}")
     resident: llama.Params | None = model.params
@@ -218,6 +244,16 @@ def load(
     for domain, encoded in zip(domains, train, strict=True):
         say(_describe(domain, encoded, data.max_length))
     return dataclasses.replace(loaded, train=train)
+
+
+def check_layers(model: models.Model, training: TrainingConfig, chosen: Iterable[Sequence[int]]) -> None:
+    """Raises a ConfigError if layers that may get adapters are not those of the model."""
+    last = model.config.num_layers - 1
+    for layers in chosen if training.method == "lora" else ():
+        if max(layers, default=0) > last:
+            raise ConfigError(
+                f"training.lora.layers may be {list(layers)}, but the layers of {model.source} are 0 to {last}."
+            )
 
 
 def _load_model(

@@ -1,8 +1,8 @@
 """Which examples of each domain a round trains on: utilities, and rules that sample by them."""
 
 from duet_jax.selection.pool import Asked, Pool
-from duet_jax.selection.sampling import Rule, choose, plan, pool_size, sample
+from duet_jax.selection.sampling import Rule, choose, floor_share, plan, pool_size, sample
 from duet_jax.selection.scoring import score
 from duet_jax.selection.utilities import load_utilities
 
-__all__ = ["Asked", "Pool", "Rule", "choose", "load_utilities", "plan", "pool_size", "sample", "score"]
+__all__ = ["Asked", "Pool", "Rule", "choose", "floor_share", "load_utilities", "plan", "pool_size", "sample", "score"]

@@ -12,10 +12,15 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from duet_jax import models
 from duet_jax._decode import encode as plain
 from duet_jax.config import SelectorConfig
+from duet_jax.curation.contradiction import outside
 from duet_jax.data import Encoded, Example
+from duet_jax.data.example import plain_text
+from duet_jax.errors import DataError, ModelError
 from duet_jax.feedback import Engine
+from duet_jax.feedback.outside import load_function, source_of
 from duet_jax.feedback.rewards import Reward
 from duet_jax.feedback.rewards.cache import as_json
 from duet_jax.influence.build import Batching, Point, Progress
@@ -67,6 +72,8 @@ class Pool:
       say: is given one line of news at a time.
       on_progress: is given what is done, how much of it is done, and of how much.
       asked: of selectors that have the model answer.
+      examples: those of `train`, as texts, of selectors that read them.
+      engine: makes samplers of the base model, of selectors that ask it about them.
     """
 
     names: tuple[str, ...]
@@ -79,9 +86,16 @@ class Pool:
     say: Callable[[str], None] = lambda line: None
     on_progress: Callable[[str, int, int], None] = lambda name, done, of: None
     asked: Asked | None = None
+    examples: tuple[tuple[Example, ...], ...] = ()
+    engine: Engine | None = None
 
     def digest(self, selector: SelectorConfig) -> str:
-        """A hash of everything that decides the scores, hexadecimal."""
+        """A hash of everything that decides the scores, hexadecimal.
+
+        Raises:
+          ConfigError, DataError, ModelError: a function, a file or a model that the selector names is not there, or is
+            not of use here.
+        """
         chosen = plain(selector)
         # The files behind the targets are known by their examples, and the rule comes after the scores.
         for name in ("targets", "rule", "fraction", "path", "reward"):
@@ -93,10 +107,53 @@ class Pool:
             "examples": [part.digest for part in parts],
             "targets": [name for name, _ in self.targets],
         }
+        if selector.kind == "length_matched":
+            whole["selection"] = _content(selector.path or "")
+        if selector.reference is not None:
+            whole["reference"] = self.reference(selector.reference, "selector.reference").fingerprint
+        if selector.embedding is not None:
+            whole["embedding"] = self.embedding_digest(selector)
+        if selector.confidence is not None:
+            whole["confidence"] = [self.texts, outside(selector.confidence)]
         if self.asked is not None:
             del policy["external"]
             whole |= {"policy": policy, "asked": self.asked.identity}
         return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
+
+    def embedding_digest(self, selector: SelectorConfig) -> str:
+        """A hash of everything that decides the embeddings of the training examples, hexadecimal."""
+        if selector.embedding is None:
+            whole = [self.fingerprint, str(jnp.dtype(self.trainer.compute_dtype)), [part.digest for part in self.train]]
+        else:
+            source = source_of(load_function(selector.embedding, "selector.embedding"))
+            whole = [selector.embedding, source, self.texts]
+        return hashlib.sha256(json.dumps(whole).encode()).hexdigest()
+
+    @property
+    def texts(self) -> list[str]:
+        """Prompt and response of each training example, without a chat template; all domains, in order."""
+        every = [example for part in self.examples for example in part]
+        return [f"{plain_text(e.prompt)}\n{e.response}" if e.prompt else e.response for e in every]
+
+    def reference(self, source: str, field: str) -> models.Model:
+        """A trained model to compare the base model with, of any shape.
+
+        Args:
+          source: see `models.load`.
+          field: of the configuration that names it, for messages.
+
+        Raises:
+          ModelError: it cannot be loaded, or has other tokens or a shorter context than the examples need.
+        """
+        assert self.engine is not None, "a given reference needs the base model's tokenizer"
+        found, problem = models.load(source, dtype=self.trainer.compute_dtype), None
+        if found.tokenizer.token_bytes != self.engine.model.tokenizer.token_bytes:
+            problem = "other tokens than the base model; give one with the same vocabulary"
+        elif found.config.max_length < self.trainer.buckets[-1]:
+            problem = f"a context of {found.config.max_length} tokens; lower data.max_length and data.buckets to it"
+        if problem is not None:
+            raise ModelError(f"{field}: {source} has {problem}.")
+        return found
 
     def training_identity(self, trainer: Trainer) -> dict[str, Any]:
         """What decides a training besides its examples, as values of JSON."""
@@ -123,8 +180,8 @@ class Pool:
         """Training as in the rounds, with that many epochs."""
         return self.trainer.retuned(dataclasses.replace(self.trainer.settings, epochs=epochs))
 
-    def sample(self, count: int, most: int, number: int) -> np.ndarray:
-        """Rows int64 `[<= most]` of `count` for a warm-up, in order."""
+    def sample(self, count: int, most: int | None, number: int) -> np.ndarray:
+        """Rows int64 of `count` for a warm-up, at most so many of them, in order."""
         rng = np.random.default_rng([self.seed, 7, number])
         return np.sort(rng.permutation(count)[:most])
 
@@ -163,3 +220,15 @@ class Pool:
             on_step=lambda report: self.on_progress(name, report.step, report.steps),
             on_epoch=on_epoch,
         )
+
+
+def _content(path: str) -> str:
+    """SHA-256 of a file of a selection, hexadecimal."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(
+            f"selector.path: '{path}' cannot be read ({error.strerror}); give scores.parquet or selected.jsonl of a "
+            f"selection"
+        ) from None

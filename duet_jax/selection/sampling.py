@@ -27,11 +27,12 @@ def sample(
     - `top_k`: those of highest utility.
     - `remove_lowest`: uniformly among all but the `fraction` of lowest utility.
 
-    Equal utilities are told apart by `rng`. If more are asked for than there are, epochs over all of
-    them repeat, and the rule decides about the last, partial one.
+    Those of utility -inf are never chosen; they are not there for any rule. Equal utilities are told apart by `rng`.
+    If more are asked for than there are, epochs over all of them repeat, and the rule decides about the last, partial
+    one.
 
     Args:
-      utilities: [n], finite; for `weighted` at least 0.
+      utilities: [n], finite or -inf; for `weighted` at least 0 where finite.
       count: how many to choose.
       rule: see above.
       fraction: of the examples that `remove_lowest` removes, rounded down, in [0, 1); other rules
@@ -46,12 +47,14 @@ def sample(
       ValueError: unknown rule, a count or fraction out of range, or nothing to choose from.
     """
     utilities = np.asarray(utilities, np.float64)
-    if count < 0 or (count > 0 and utilities.size == 0):
-        raise ValueError(f"cannot choose {count} of {utilities.size} examples")
     _check_utilities(utilities, rule)
+    eligible = np.flatnonzero(utilities > -np.inf)
+    if count < 0 or (count > 0 and eligible.size == 0):
+        raise ValueError(f"cannot choose {count} of {eligible.size} examples")
     if count == 0:
         return np.zeros(0, np.int64)
-    pool = _ranked(utilities, rule, rng)[: pool_size(utilities.size, rule=rule, fraction=fraction)]
+    ranked = eligible[_ranked(utilities[eligible], rule, rng)]
+    pool = ranked[: pool_size(eligible.size, rule=rule, fraction=fraction)]
     if rule == "remove_lowest":
         pool = rng.permutation(pool)
     epochs, rest = divmod(count, len(pool))
@@ -63,11 +66,20 @@ def choose(selector: SelectorConfig, utilities: np.ndarray, count: int, rng: np.
     """What `sample` chooses by a selector's rule, int64 [count].
 
     Scores of a model may be negative: for `weighted` the lowest of them is subtracted, as the code of DUET (arXiv
-    2502.00270) does; its Algorithm 2 as printed is no distribution.
+    2502.00270) does; its Algorithm 2 as printed is no distribution. Those of "length_matched" are made to be weights.
     """
-    if selector.scores and selector.rule == "weighted":
-        utilities = utilities - min(utilities, default=0.0)
+    if selector.scores and selector.rule == "weighted" and selector.kind != "length_matched":
+        utilities = utilities - min(utilities[utilities > -np.inf], default=0.0)
     return sample(utilities, count, rule=selector.rule, fraction=selector.fraction, rng=rng)
+
+
+def floor_share(share: float, number: int) -> int:
+    """A share of so many examples, rounded down.
+
+    >>> floor_share(0.05, 270_679), floor_share(0.29, 100)  # 0.29 * 100 is 28.999999999999996 in floating point
+    (13533, 29)
+    """
+    return int(share * number + 1e-9)
 
 
 def pool_size(available: int, *, rule: Rule, fraction: float = 0.0) -> int:
@@ -82,8 +94,7 @@ def pool_size(available: int, *, rule: Rule, fraction: float = 0.0) -> int:
         return available
     if not 0.0 <= fraction < 1.0:
         raise ValueError(f"the fraction to remove must be in [0, 1), not {fraction}")
-    # 0.29 * 100 is 28.999999999999996 in floating point, and 29 are meant.
-    return max(available - int(fraction * available + 1e-9), min(available, 1))
+    return max(available - floor_share(fraction, available), min(available, 1))
 
 
 def plan(name: str, available: int, wanted: int) -> str:
@@ -113,7 +124,8 @@ def plan(name: str, available: int, wanted: int) -> str:
 def _check_utilities(utilities: np.ndarray, rule: Rule) -> None:
     if utilities.ndim != 1:
         raise ValueError(f"utilities must be one number an example, not of shape {utilities.shape}")
-    wrong = ~np.isfinite(utilities) | ((rule == "weighted") & (utilities < 0))
+    allowed = np.isfinite(utilities) | (utilities == -np.inf)
+    wrong = ~allowed | ((rule == "weighted") & (utilities < 0) & np.isfinite(utilities))
     if wrong.any():
         first = int(wrong.argmax())
         kind = "finite and at least 0" if rule == "weighted" else "finite"

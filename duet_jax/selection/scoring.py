@@ -1,4 +1,4 @@
-"""Utilities that selectors compute from gradients, kept by a hash of all that they depend on."""
+"""Utilities that selectors compute, kept by a hash of all that they depend on."""
 
 from __future__ import annotations
 
@@ -11,12 +11,34 @@ import numpy as np
 from duet_jax._files import save_array, write
 from duet_jax.config import SelectorConfig
 from duet_jax.errors import DataError
+from duet_jax.selection import diversity
+from duet_jax.selection.clear import clear
+from duet_jax.selection.davir import davir, rho
+from duet_jax.selection.duplicates import near_duplicates
+from duet_jax.selection.el2n import el2n
 from duet_jax.selection.influence import influence
+from duet_jax.selection.lengths import length, length_matched
 from duet_jax.selection.less import less
+from duet_jax.selection.loss_band import loss_band
 from duet_jax.selection.nice import nice
 from duet_jax.selection.pool import Pool
 
-SELECTORS = {"influence": influence, "less": less, "nice": nice}
+SELECTORS = {
+    "influence": influence,
+    "less": less,
+    "nice": nice,
+    "davir": davir,
+    "rho": rho,
+    "loss_band": loss_band,
+    "el2n": el2n,
+    "length": length,
+    "length_matched": length_matched,
+    "near_duplicates": near_duplicates,
+    "log_det": diversity.log_det,
+    "facility_location": diversity.facility_location,
+    "k_center": diversity.k_center,
+    "clear": clear,
+}
 
 
 def score(pool: Pool, selector: SelectorConfig, folder: Path) -> tuple[np.ndarray, ...]:
@@ -24,18 +46,19 @@ def score(pool: Pool, selector: SelectorConfig, folder: Path) -> tuple[np.ndarra
 
     Args:
       pool: what is scored, and for what.
-      selector: of a kind that looks at gradients.
+      selector: of a kind that computes.
       folder: of all selections. A folder in it belongs to these scores alone, and holds unfinished work too; those
         of trajectories serve all scores that follow the same training.
 
     Returns:
-      float64 `[examples]` for each domain, finite.
+      float64 `[examples]` for each domain, finite, or -inf for an example that must not be chosen.
 
     Raises:
       DataError: a domain or a target has no examples, no reply says what to prefer, or a score is not finite.
       FeedbackError: a reward cannot be computed.
     """
-    _check(pool)
+    if selector.aims and selector.reference is None:
+        _check(pool)
     place = folder / f"{selector.kind}-{pool.digest(selector)[:16]}"
     kept = place / "scores.npy"
     place.mkdir(parents=True, exist_ok=True)
@@ -43,7 +66,7 @@ def score(pool: Pool, selector: SelectorConfig, folder: Path) -> tuple[np.ndarra
     if not kept.is_file():
         found = SELECTORS[selector.kind](dataclasses.replace(pool, say=report), selector, place)
         for name, examples, values in zip(pool.names, pool.train, found, strict=True):
-            wrong = ~np.isfinite(values)
+            wrong = np.isnan(values) | (values == np.inf)
             if wrong.any():
                 raise DataError(
                     f"domain '{name}': the score of the example '{examples.ids[int(wrong.argmax())]}' is not finite; "

@@ -119,7 +119,7 @@ def _digest(pool: Pool, trainer: Trainer, selector: SelectorConfig) -> str:
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
 
 
-def _train(pool: Pool, trainer: Trainer, data: Encoded, most: int, folder: Path) -> list[int]:
+def _train(pool: Pool, trainer: Trainer, data: Encoded, most: int | None, folder: Path) -> list[int]:
     """Trains, keeping the state of each epoch's end, and gives the number of steps at each."""
     rows = pool.sample(len(data), most, 0)
     epochs = trainer.settings.epochs

@@ -31,6 +31,7 @@ from duet_jax.influence.build import Point
 from duet_jax.influence.given import external_samples
 from duet_jax.influence.scores import queries
 from duet_jax.influence.store import Store
+from duet_jax.loading import load, load_all, load_goal
 from duet_jax.models import llama
 from duet_jax.models.sampling import Sampling
 from duet_jax.selection import Asked, Pool, score
@@ -231,6 +232,7 @@ def test_a_killed_run_goes_on_to_the_same_scores(
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.slow
 def test_compat_is_the_published_sampler_estimator_and_score(
     tmp_path: Path, exact: Pool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -386,6 +388,7 @@ ASKING = {
 }
 
 
+@pytest.mark.slow
 def test_a_selection_for_prompts_without_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "t.jsonl").write_text("".join(json.dumps({"id": i, "prompt": f"A {i}"}) + "\n" for i in "abcde"))
     target = {"name": "asked", "source": str(tmp_path / "t.jsonl"), "response": None}
@@ -404,6 +407,29 @@ def test_a_selection_for_prompts_without_labels(tmp_path: Path, capsys: pytest.C
         == 2
     )
     assert "selector.targets.0.response is null, but a selector of kind 'less' needs labels" in capsys.readouterr().err
+
+
+def test_replies_from_a_file_that_are_cut_are_told(tmp_path: Path) -> None:
+    rows = [
+        {"id": name, "prompt": "A", "replies": ["bcb", text]} for name, text in zip("ab", ("a", "abcd"), strict=True)
+    ]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    target = {"name": "asked", "source": str(tmp_path / "t.jsonl"), "response": None}
+    policy = {"external": str(tmp_path / "t.jsonl"), "max_new_tokens": 4}
+    tree = CONFIG | {"name": "cut", "count": 10, "selector": ASKING | {"targets": [target], "policy": policy}}
+    config = decode(configs.SelectConfig, tree)
+    assert config.model is not None and config.training is not None
+    domains = load_all(config.data, 0)
+    goal = load_goal(config.selector, config.data.domains, domains, 0, tmp_path)
+    others = [example for _, examples in goal.targets for example in examples]
+    loaded = load(config.model, config.data, config.training, domains, others, 0, lambda _: None)
+    said: list[str] = []
+    loaded.utilities(config.selector, goal, tmp_path, 0, said.append, lambda *_: None)
+    # With the end of text after it, "abcd" has five tokens.
+    assert said[0].endswith(
+        "t.jsonl: 1 of 4 replies are cut at 4 tokens, for the reward too; raise "
+        "selector.policy.max_new_tokens to have them whole"
+    )
 
 
 def test_every_set_of_prompts_needs_one_reward() -> None:

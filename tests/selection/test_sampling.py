@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from duet_jax.config import SelectorConfig
 from duet_jax.errors import DataError
-from duet_jax.selection import plan, pool_size, sample, sampling
+from duet_jax.selection import choose, floor_share, plan, pool_size, sample, sampling
 
 RULES = ("weighted", "top_k", "remove_lowest")
 
@@ -155,3 +156,35 @@ def test_plan_states_repeats():
     assert plan("a", 120, 121) == "a: 121 wanted of 120 examples: each 1 or 2 times"
     assert plan("a", 120, 120) == "a: 120 of 120 examples, each once"
     assert plan("a", 120, 0) == "a: none of 120 examples"
+
+
+@pytest.mark.parametrize("rule", RULES)
+@given(
+    utilities=st.lists(st.one_of(st.floats(0, 10), st.just(-math.inf)), min_size=1, max_size=12),
+    count=st.integers(0, 30),
+)
+def test_what_must_never_be_chosen_is_as_if_it_were_not_there(rule, utilities, count):
+    utilities = np.array(utilities)
+    eligible = np.flatnonzero(utilities > -np.inf)
+    if not len(eligible) and count:
+        with pytest.raises(ValueError, match=f"cannot choose {count} of 0 examples"):
+            sample(utilities, count, rule=rule, rng=np.random.default_rng(0))
+        return
+    found = sample(utilities, count, rule=rule, fraction=0.3, rng=np.random.default_rng(0))
+    alone = sample(utilities[eligible], count, rule=rule, fraction=0.3, rng=np.random.default_rng(0))
+    np.testing.assert_array_equal(found, eligible[alone])
+
+
+def test_scores_of_a_model_are_shifted_by_the_lowest_that_counts():
+    """-inf is no score: were it subtracted, all weights would be infinite."""
+    selector = SelectorConfig(kind="davir", rule="weighted")
+    scores = np.array([-2.0, -np.inf, 1.0, 0.0])
+    draws = np.array([choose(selector, scores, 1, np.random.default_rng(i))[0] for i in range(3000)])
+    expected = np.array([0, 0, 3, 2]) / 5
+    assert np.abs(np.bincount(draws, minlength=4) / 3000 - expected).max() < 4 * math.sqrt(0.25 / 3000)
+
+
+@given(percent=st.integers(1, 100), number=st.integers(1, 10**6))
+def test_n9_a_share_is_rounded_down(percent, number):
+    assert floor_share(0.05, 270_679) == 13_533
+    assert floor_share(percent / 100, number) == percent * number // 100
