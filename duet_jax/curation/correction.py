@@ -1,0 +1,156 @@
+"""Whether targets that a fine-tuned model proposes are better than those in the data, as the base model judges (CLEAR).
+
+Chen and Mueller 2024 (arXiv 2403.12776), section 3.2. Ours is that a proposal must win in both positions, since judges
+prefer a position whatever stands there, and that the verdict is read from the probabilities of the letters. How sure
+the verdict is comes from the confidence of the answer that it is ("confidence", the paper's) or, in one pass without
+samples, from these probabilities ("probability").
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from duet_jax.config import PREFERENCE, ConfidenceConfig
+from duet_jax.curation.asking import confidence
+from duet_jax.curation.confidence import same_answer
+from duet_jax.curation.decisions import Decision, Filter, actions, auto_correct
+from duet_jax.curation.parts import Progress, in_parts
+from duet_jax.curation.respondent import Respondent
+from duet_jax.data import Example
+from duet_jax.data.example import plain_text
+
+LETTERS = ("A", "B", "C")
+
+
+class Verdicts(NamedTuple):
+    """What a judge says of n proposals; NaN where there is nothing to judge: a proposal is empty or the target itself.
+
+    Attributes:
+      first, second: float64 `[n, 3]`, probabilities of proposal, target and tie, with the proposal as answer A and B.
+      better: bool `[n]`, whether the proposal is the most probable in both positions.
+      acceptance: float64 `[n]`, confidence in the verdict, the mean of both positions.
+    """
+
+    first: np.ndarray
+    second: np.ndarray
+    better: np.ndarray
+    acceptance: np.ndarray
+
+
+def judge(
+    respondent: Respondent,
+    examples: Sequence[Example],
+    proposals: Sequence[str],
+    config: ConfidenceConfig,
+    folder: Path,
+    *,
+    acceptance: Literal["confidence", "probability"] = "confidence",
+    template: str = PREFERENCE,
+    on_progress: Progress = lambda name, done, of: None,
+) -> Verdicts:
+    """Compares each proposal with the example's response.
+
+    Args:
+      respondent: the base model.
+      examples: n of them.
+      proposals: n texts, such as greedy answers of a model that was trained on the kept examples.
+      config: of the confidence in verdicts.
+      folder: keeps what was computed.
+      acceptance: how sure a verdict is, see above.
+      template: of the question, with {prompt}, {first} and {second}, that the letters A, B and C (a tie) answer.
+      on_progress: is told a stage, examples done and of how many.
+
+    Raises:
+      DataError: a question is longer than the model takes.
+    """
+    judged = [row for row, (e, y) in enumerate(zip(examples, proposals, strict=True)) if _differs(e.response, y)]
+    questions = [question(examples[row], proposals[row], template, place) for row in judged for place in (0, 1)]
+    respondent.check(questions, writes=False)
+
+    def compute(rows: list[int]) -> list[list[list[float]]]:
+        asked = [questions[2 * row + place] for row in rows for place in (0, 1)]
+        found = respondent.options(asked, [row for row in rows for _ in (0, 1)], LETTERS)
+        return found.reshape(-1, 2, len(LETTERS)).tolist()
+
+    identity = [respondent.identity, [question.prompt for question in questions]]
+    letters = np.full((len(examples), 2, len(LETTERS)), np.nan)
+    if judged:
+        letters[judged] = in_parts(folder, "judge", identity, respondent.sizes(questions[::2]), compute, on_progress)
+    # With the proposal as answer B, the letters stand for target, proposal, tie.
+    first, second = letters[:, 0], letters[:, 1][:, [1, 0, 2]]
+    sure = (first[:, 0] + second[:, 0]) / 2
+    better = prefers(first) & prefers(second)
+    if acceptance == "confidence":
+        sure = np.full(len(examples), np.nan)
+        # The confidence in a verdict that is no reason to correct is not needed.
+        winners = [place for place, row in enumerate(judged) if better[row]]
+        verdicts = [
+            dataclasses.replace(questions[2 * place + i], response=LETTERS[i]) for place in winners for i in (0, 1)
+        ]
+        if verdicts:
+            found = confidence(respondent, verdicts, config, folder, _named("judge", on_progress)).value
+            sure[[judged[place] for place in winners]] = found.reshape(-1, 2).mean(axis=1)
+    return Verdicts(first, second, better, sure)
+
+
+def prefers(verdict: np.ndarray) -> np.ndarray:
+    """Whether the proposal is more probable than target and tie, bool `[n]`, of `[n, 3]`; not where they are NaN."""
+    return verdict[:, 0] > np.max(verdict[:, 1:], axis=1)
+
+
+def decide(
+    examples: Sequence[Example],
+    confidences: np.ndarray,
+    filtered: Filter,
+    *,
+    proposals: Sequence[str] | None = None,
+    verdicts: Verdicts | None = None,
+    eta: float = 0.8,
+) -> list[Decision]:
+    """The decision on each example, from what was measured.
+
+    Args:
+      examples: n of them.
+      confidences: `[n]`, in their targets.
+      filtered: of `decisions.auto_filter`.
+      proposals, verdicts: of `judge`; None: examples are filtered alone.
+      eta: that the acceptance of a proposal must exceed.
+    """
+    missing = np.full(len(examples), np.nan)
+    better = np.zeros(len(examples), bool) if verdicts is None else verdicts.better
+    acceptance = missing if verdicts is None else verdicts.acceptance
+    found = actions(filtered.kept, auto_correct(better, acceptance, eta))
+    return [
+        Decision(
+            id=example.id,
+            action=found[row],
+            confidence=float(confidences[row]),
+            threshold=float(filtered.thresholds[row]),
+            beaten=bool(filtered.beaten[row]),
+            proposal=None if proposals is None else proposals[row],
+            better=bool(better[row]),
+            acceptance=float(acceptance[row]),
+            eta=eta,
+        )
+        for row, example in enumerate(examples)
+    ]
+
+
+def _differs(target: str, proposal: str) -> bool:
+    return bool(proposal.strip()) and not same_answer(target, proposal)
+
+
+def question(example: Example, proposal: str, template: str, place: int) -> Example:
+    """What the judge is asked: the proposal is answer A at place 0, and B at 1."""
+    first, second = (proposal, example.response) if place == 0 else (example.response, proposal)
+    text = template.format(prompt=plain_text(example.prompt), first=first, second=second)
+    return Example(example.id, text, "")
+
+
+def _named(prefix: str, on_progress: Progress) -> Callable[[str, int, int], None]:
+    return lambda name, done, of: on_progress(f"{prefix}, {name}", done, of)

@@ -1,0 +1,148 @@
+"""Who says whether two answers contradict each other: a classifier, a function, or the model itself."""
+
+from __future__ import annotations
+
+import json
+import string
+import sys
+import types
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from duet_jax import models
+from duet_jax.config import ConfidenceConfig
+from duet_jax.curation.contradiction import Pair, build_contradiction, outside, sentences
+from duet_jax.curation.respondent import Respondent
+from duet_jax.data import Example
+from duet_jax.data.characters import CharacterTokenizer
+from duet_jax.errors import ConfigError, FeedbackError, ModelError
+from duet_jax.models import llama
+
+TOKENIZER = CharacterTokenizer(string.printable[:95] + "\n")
+SHAPE = llama.LlamaConfig(
+    vocab_size=TOKENIZER.vocab_size,
+    hidden_size=16,
+    intermediate_size=24,
+    num_layers=1,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=8,
+    max_length=512,
+)
+LABELS = {"0": "entailment", "1": "neutral", "2": "Contradiction"}
+SCORE = np.random.default_rng(0).normal(size=(3, 16)).astype(np.float32)
+NOBODY: Respondent = None  # type: ignore[assignment]  # is not asked
+
+
+def save(folder: Path, labels: dict[str, str] | None = LABELS, score: np.ndarray = SCORE) -> Path:
+    params = llama.init(SHAPE, key=jax.random.key(0))
+    params["embedding"] = params["embedding"] * 20
+    models.save(models.Model(SHAPE, params, TOKENIZER, "random", ""), folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors.pop("lm_head.weight", None)
+    save_file({**tensors, "score.weight": score}, folder / "model.safetensors")
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**raw, **({"id2label": labels} if labels else {})}))
+    return folder
+
+
+def config(folder: Path) -> ConfidenceConfig:
+    return ConfidenceConfig(
+        contradiction="nli", model=str(folder), contradiction_template="{prompt} {first} # {second}"
+    )
+
+
+def pair(first: str, second: str) -> Pair:
+    return Pair(Example("e", "why?", "unused"), 0, first, second)
+
+
+def test_a_classifier_reads_pairs_and_the_worst_sentence_of_long_ones(tmp_path: Path) -> None:
+    folder = save(tmp_path / "nli")
+    found = build_contradiction(config(folder), NOBODY)
+    params = llama.init(SHAPE, key=jax.random.key(0))
+    params["embedding"] = params["embedding"] * 20
+    states = jax.jit(lambda params, ids: llama.hidden_states(SHAPE, params, ids))
+
+    def alone(first: str, second: str) -> float:
+        text = TOKENIZER.encode(f"why? {first} # {second}", add_special=True)
+        row = np.zeros((1, 512), np.int32)
+        row[0, : len(text)] = text
+        logits = SCORE @ np.asarray(states(params, row))[0, len(text) - 1]
+        odds = np.exp(logits - logits.max())
+        return float(odds[2] / odds.sum())
+
+    parts = ["One two. ", "Three four! ", "a " * 64]
+    long = "".join(parts)
+    pairs = [pair("yes", "no"), pair("no", "yes"), pair("yes", long), pair("yes", "short. not split")]
+    expected = [alone("yes", "no"), alone("no", "yes"), max(alone("yes", p.strip(" ")) for p in parts[:2])]
+    values = found.function(pairs)
+    np.testing.assert_allclose(values[[0, 1, 3]], [*expected[:2], alone("yes", "short. not split")], atol=1e-5)
+    last = sentences(long)[2]
+    assert values[2] == pytest.approx(max(expected[2], alone("yes", last)), abs=1e-5)
+
+
+def test_long_texts_are_split_into_sentences() -> None:
+    assert sentences("One. Two.") == ["One. Two."]
+    words = "w " * 70
+    assert sentences(f"One. Two! {words}\nEnd") == ["One.", "Two!", words, "End"]
+
+
+def test_classifiers_that_are_none(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="There is no classifier of contradictions at"):
+        build_contradiction(config(tmp_path / "nowhere"), NOBODY)
+    with pytest.raises(ModelError, match="There is no classifier of contradictions at"):
+        outside(config(tmp_path / "nowhere"))
+    with pytest.raises(ModelError, match="has the labels LABEL_0, LABEL_1, LABEL_2; exactly one must be named after"):
+        build_contradiction(config(save(tmp_path / "unnamed", None)), NOBODY)
+    two = save(tmp_path / "two", score=SCORE[:2])
+    with pytest.raises(ModelError, match=r"has shape \[2, 16\]; it must have the shape \[3, 16\]"):
+        build_contradiction(config(two), NOBODY)
+
+
+def test_the_files_of_a_classifier_decide(tmp_path: Path) -> None:
+    folder = save(tmp_path / "nli")
+    before = outside(config(folder)), build_contradiction(config(folder), NOBODY).identity
+    save(tmp_path / "nli", score=SCORE + 1)
+    after = outside(config(folder)), build_contradiction(config(folder), NOBODY).identity
+    assert before[0] != after[0] and before[1] != after[1]
+
+
+def test_a_function_is_given_both_lists(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.ModuleType("some_nli")
+    monkeypatch.setitem(sys.modules, "some_nli", module)
+
+    def build(function: object) -> object:
+        module.compare = function  # type: ignore[attr-defined]
+        asked = ConfidenceConfig(contradiction="python", function="some_nli:compare")
+        return build_contradiction(asked, NOBODY).function([pair("a", "b"), pair("b", "b")])
+
+    np.testing.assert_array_equal(build(lambda p, h: [float(x != y) for x, y in zip(p, h, strict=True)]), [1, 0])
+    for function, message in (
+        (lambda p, h: [0.5], r"must give one number in \[0, 1\] for each of 2 pairs; it gave \[0.5\]"),
+        (lambda p, h: [0.5, float("nan")], "must give one number"),
+        (lambda p, h: 1 / 0, "The function some_nli:compare failed: ZeroDivisionError"),
+    ):
+        with pytest.raises(FeedbackError, match=message):
+            build(function)
+    with pytest.raises(ConfigError, match="confidence.function: the module 'no_such' cannot be imported"):
+        build_contradiction(ConfidenceConfig(contradiction="python", function="no_such:f"), NOBODY)
+
+
+def test_the_model_itself_says_yes_or_no() -> None:
+    class Sayer:
+        identity = "sayer"
+
+        def options(self, questions: Sequence[Example], groups: Sequence[int], words: Sequence[str]) -> np.ndarray:
+            assert words == ("Yes", "No") and list(groups) == [0, 0]
+            yes = np.array([0.9 if "First answer: a" in str(question.prompt) else 0.2 for question in questions])
+            return np.stack([yes, 1 - yes], axis=1)
+
+    found = build_contradiction(ConfidenceConfig(), Sayer())  # type: ignore[arg-type]
+    np.testing.assert_allclose(found.function([pair("a", "b"), pair("b", "a")]), [0.9, 0.2])
+    assert found.question is not None
+    assert "Question: why?\n" in str(found.question(pair("a", "b")).prompt)
