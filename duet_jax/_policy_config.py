@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from duet_jax._checks import FieldError, at_least, require
+from duet_jax._checks import FieldError, at_least, check_estimator, check_truncation, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,35 +54,22 @@ class PolicyConfig:
     def __post_init__(self) -> None:
         at_least(1, self, "samples", "max_new_tokens", "batch_size")
         require(self.temperature > 0, "temperature", self.temperature, "greater than 0")
-        require(self.top_k is None or self.top_k >= 1, "top_k", self.top_k, "at least 1, or null")
-        require(0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1]")
-        require(0 <= self.min_p <= 1, "min_p", self.min_p, "in [0, 1]")
+        check_truncation(self)
         require("" not in self.stop, "stop", list(self.stop), "a list of texts that are not empty")
-        cap = self.importance_cap
-        require(cap is None or cap > 0, "importance_cap", cap, "positive, or null for no importance weights")
         require(self.external != "", "external", self.external, "the name of a file")
         if self.compat:
             self._only_defaults("compat", "is set by compat", "advantage", "top_k", "top_p", "min_p", "importance_cap")
         if self.external is not None:
             sampling = ("samples", "temperature", "top_k", "top_p", "min_p", "stop", "importance_cap", "guidance")
             self._only_defaults("external", "has no meaning for replies from a file", *sampling)
-        self._check_estimator()
+        check_estimator(self)
+        rule = f"at least 2 for the advantage {self.advantage!r}, which compares replies with each other"
+        require(self.samples >= 2 or not self.compares, "samples", self.samples, rule)
 
     def _only_defaults(self, field: str, reason: str, *names: str) -> None:
         for name in names:
             if getattr(self, name) != type(self).__dataclass_fields__[name].default:
                 raise FieldError(name, f"is {getattr(self, name)!r}, but {reason}; leave out {name} or {field}.")
-
-    def _check_estimator(self) -> None:
-        require(self.top is None or self.top >= 1, "top", self.top, "at least 1, or null")
-        for name, given in (("top", self.top is not None), ("worst_case_protection", self.worst_case_protection)):
-            if given and self.variant == "vanilla":
-                raise FieldError(name, "is of the variants of rejection; leave it out, or choose one of them.")
-        if self.worst_case_protection and self.advantage == "gold":
-            reason = "is 'gold', by which a label that counts as a reply counts 0; choose another with"
-            raise FieldError("advantage", f"{reason} worst_case_protection.")
-        rule = f"at least 2 for the advantage {self.advantage!r}, which compares replies with each other"
-        require(self.samples >= 2 or not self.compares, "samples", self.samples, rule)
 
     @property
     def compares(self) -> bool:

@@ -104,13 +104,13 @@ class SettingConfig:
         return found
 
     def _extremes(self, kind: Any) -> Iterator[Any]:
-        """Values that are all valid only if those between are."""
+        """If any value that a trial may have is invalid, one of these is."""
         yield from self.values
         if self.members:
             yield from (self.members, self.members[: self.least])
         if self.low is not None and self.high is not None:
-            # What divides a number and the next one divides all.
-            yield from (kind(self.low), kind(self.high), *([int(self.low) + 1] if kind is int else []))
+            # Which whole numbers divide another one, the ends do not tell.
+            yield from range(int(self.low), int(self.high) + 1) if kind is int else (self.low, self.high)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""The command line: duet run | ask | tell | info | report | select.
+"""The command line: duet run | ask | tell | info | report | select | curate | prefer.
 
 Only the command that computes imports what computes, so that help, `tell` and `info` answer at once.
 """
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # argparse takes positional arguments in one piece only; overrides and scores may also stand after options.
     if options.command is _tell and options.score is None and len(rest) == 1:
         options.score = _as_score(parser, rest.pop())
-    repeatable = options.command in (_run, _select)
+    repeatable = options.command in (_run, _select, _curate, _prefer)
     strays = [word for word in rest if not repeatable or word.startswith("-") or "=" not in word]
     if strays:
         parser.error(f"unrecognized arguments: {' '.join(strays)}")
@@ -100,6 +100,20 @@ def _parser() -> argparse.ArgumentParser:
     select.add_argument("--output", type=Path, metavar="DIR", help="where to (default: selections/NAME)")
     select.add_argument("--quiet", action="store_true", help="print nothing")
     select.set_defaults(command=_select)
+
+    curate = commands.add_parser("curate", help="make data or weights of a model's mistakes, samples or doubts")
+    curate.add_argument("config", type=Path, metavar="CONFIG", help="YAML file; configs/ holds some to start from")
+    curate.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a value, as self_guide.count=500")
+    curate.add_argument("--output", type=Path, metavar="DIR", help="where to (default: curated/NAME)")
+    curate.add_argument("--quiet", action="store_true", help="print nothing")
+    curate.set_defaults(command=_curate)
+
+    prefer = commands.add_parser("prefer", help="train on pairs of responses, or on a model's own replies (self-play)")
+    prefer.add_argument("config", type=Path, metavar="CONFIG", help="YAML file; configs/ holds some to start from")
+    prefer.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a value, as loss.beta=0.05")
+    prefer.add_argument("--output", type=Path, metavar="DIR", help="where to (default: preferences/NAME)")
+    prefer.add_argument("--quiet", action="store_true", help="print nothing")
+    prefer.set_defaults(command=_prefer)
     return parser
 
 
@@ -118,6 +132,22 @@ def _select(options: argparse.Namespace) -> None:
     from duet_jax.select import select
 
     select(config, options.output or Path("selections") / config.name, options.quiet)
+
+
+def _curate(options: argparse.Namespace) -> None:
+    config = configs.load_curation(_found(options.config), options.overrides)
+
+    from duet_jax.curate import curate
+
+    curate(config, options.output or Path("curated") / config.name, options.quiet)
+
+
+def _prefer(options: argparse.Namespace) -> None:
+    config = configs.load_preference(_found(options.config), options.overrides)
+
+    from duet_jax.prefer import prefer
+
+    prefer(config, options.output or Path("preferences") / config.name, options.quiet)
 
 
 def _ask(options: argparse.Namespace) -> None:

@@ -16,10 +16,27 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from duet_jax._checks import FieldError, at_least, distinct, require
+from duet_jax._confidence_config import ConfidenceConfig as ConfidenceConfig
+from duet_jax._curate_config import PREFERENCE as PREFERENCE
+from duet_jax._curate_config import ActiveCorrectionConfig as ActiveCorrectionConfig
+from duet_jax._curate_config import AskedConfig as AskedConfig
+from duet_jax._curate_config import CalibrationConfig as CalibrationConfig
+from duet_jax._curate_config import ClearConfig as ClearConfig
+from duet_jax._curate_config import CurateSections
+from duet_jax._curate_config import ErrorWeightsConfig as ErrorWeightsConfig
+from duet_jax._curate_config import GroundedConfig as GroundedConfig
+from duet_jax._curate_config import HardExamplesConfig as HardExamplesConfig
+from duet_jax._curate_config import SelfGuideConfig as SelfGuideConfig
 from duet_jax._data_config import DataConfig
 from duet_jax._data_config import DomainConfig as DomainConfig
 from duet_jax._decode import decode, encode, flat, override, parse
+from duet_jax._model_config import ModelConfig
+from duet_jax._model_config import ScratchConfig as ScratchConfig
 from duet_jax._policy_config import PolicyConfig as PolicyConfig
+from duet_jax._preference_config import PairsConfig as PairsConfig
+from duet_jax._preference_config import PreferenceLoss as PreferenceLoss
+from duet_jax._preference_config import PreferenceSections
+from duet_jax._preference_config import SpinConfig as SpinConfig
 from duet_jax._reward_config import RewardConfig as RewardConfig
 from duet_jax._search_config import FidelityConfig as FidelityConfig
 from duet_jax._search_config import GroupConfig as GroupConfig
@@ -35,50 +52,6 @@ Target = Literal["q", "k", "v", "o", "gate", "up", "down"]
 LARGEST_SEED = 2**31 - 1
 # What sums of shares may miss 1 by: rounding of decimal fractions.
 ROUNDING = 1e-12
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScratchConfig:
-    """A small decoder with random weights; its tokens are the characters of the data."""
-
-    hidden_size: int = 64
-    intermediate_size: int = 192
-    num_layers: int = 2
-    num_heads: int = 4
-    num_kv_heads: int = 4
-
-    def __post_init__(self) -> None:
-        at_least(1, self, "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads")
-        whole = self.hidden_size % (2 * self.num_heads) == 0
-        require(whole, "hidden_size", self.hidden_size, f"a multiple of 2 x num_heads ({2 * self.num_heads})")
-        shared = self.num_heads % self.num_kv_heads == 0
-        require(shared, "num_kv_heads", self.num_kv_heads, f"a divisor of num_heads ({self.num_heads})")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """The base model: exactly one of `source` and `scratch`.
-
-    Attributes:
-      source: Hugging Face folder, .gguf file, "package:NAME" or a hub name.
-      scratch: shape of a model that starts from random weights.
-      dtype: of matrix products.
-      chat: whether prompts go through the chat template; None: where the model has one.
-      remat: what the backward pass computes again: all but the matrix products ("products", the fastest), whole layers
-        ("full", needs the least memory), or nothing ("none").
-    """
-
-    source: str | None = None
-    scratch: ScratchConfig | None = None
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    chat: bool | None = None
-    remat: Literal["none", "products", "full"] = "products"
-
-    def __post_init__(self) -> None:
-        if (self.source is None) == (self.scratch is None):
-            found = "neither is given" if self.source is None else "both are given"
-            raise FieldError("source", f"or scratch must describe the model, exactly one of them; {found}.")
-        require(self.source != "", "source", self.source, "a folder, a .gguf file, package:NAME or a hub name")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +75,32 @@ class LoraSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OnlineConfig:
+    """Every step trains on the best `batch_size` of more candidates (Mindermann et al., ICML 2022, algorithm 1).
+
+    An epoch still passes over all the round's examples, as candidates: it has examples / candidates steps.
+
+    Attributes:
+      rule: what the best have: "rho", the highest loss less the reference's; "davir", the highest share of their loss
+        that the reference does not have (DavIR, arXiv 2310.13008, with the current model in place of the base).
+      candidates: examples that a step chooses from, a multiple of batch_size.
+      reference: a model that is trained already; None: one is trained as a round is, once for the study, under "rho" on
+        the domains' held-out examples and under "davir" on all that are not held out.
+      token_mean: of the rule "rho": whether losses are means over tokens, or sums.
+    """
+
+    rule: Literal["rho", "davir"] = "rho"
+    candidates: int
+    reference: str | None = None
+    token_mean: bool = True
+
+    def __post_init__(self) -> None:
+        require(self.reference != "", "reference", self.reference, "a folder, a .gguf file, package:NAME or a hub name")
+        if self.rule == "davir" and not self.token_mean:
+            raise FieldError("token_mean", "has no meaning for the rule 'davir', whose shares are the same for sums.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """How one round trains.
 
@@ -115,6 +114,7 @@ class TrainingConfig:
       weight_decay: decoupled, on matrices.
       clip_norm: largest norm of the gradient.
       checkpoint_every: steps between checkpoints.
+      online: how each step chooses its examples; None: it trains on all that it draws.
     """
 
     method: Literal["lora", "full"] = "lora"
@@ -128,6 +128,7 @@ class TrainingConfig:
     clip_norm: float = 1.0
     lora: LoraSettings = LoraSettings()
     checkpoint_every: int = 50
+    online: OnlineConfig | None = None
 
     def __post_init__(self) -> None:
         at_least(1, self, "epochs", "batch_size", "checkpoint_every")
@@ -138,6 +139,15 @@ class TrainingConfig:
         require(0 <= self.warmup_fraction <= 1, "warmup_fraction", self.warmup_fraction, "in [0, 1]")
         at_least(0, self, "weight_decay")
         require(self.clip_norm > 0, "clip_norm", self.clip_norm, "greater than 0")
+        if self.online is not None:
+            more = self.drawn > self.batch_size and self.drawn % self.batch_size == 0
+            rule = f"a multiple of batch_size ({self.batch_size}), and greater than it"
+            require(more, "online.candidates", self.drawn, rule)
+
+    @property
+    def drawn(self) -> int:
+        """Examples that a step draws: those that it trains on, or the candidates for them."""
+        return self.batch_size if self.online is None else self.online.candidates
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +168,8 @@ class FeedbackConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class StudyConfig:
-    """A whole study. `budget` is the number of examples a round trains on, per epoch."""
+    """A whole study. `budget` is the number of examples a round trains on, per epoch; under `training.online`, of
+    candidates that it chooses from."""
 
     name: str
     seed: int = 0
@@ -192,6 +203,11 @@ class StudyConfig:
         except FieldError as error:
             raise error.inside("search") from None
         object.__setattr__(self, "search", search)
+        online = self.training.online
+        untrained = online is not None and online.rule == "rho" and online.reference is None
+        if untrained and self.data.validation_fraction == 0:
+            reason = "is missing, and data.validation_fraction is 0, so that nothing is held out to train it on"
+            raise FieldError("training.online.reference", f"{reason}; give one of them.")
         try:
             self.selector.check(self.data)
         except FieldError as error:
@@ -203,25 +219,37 @@ class SelectConfig:
     """A selection by itself: which examples of a pool to keep.
 
     Attributes:
-      count: examples to choose.
+      count: examples to choose, or
+      share: how many they are of all that can be chosen, rounded down, as 0.05.
       mixture: share of each domain in them; empty: as the domains are large.
       pooled: whether the domains are chosen from as one.
-      model, training: of a selector that looks at gradients.
+      model, training: of a selector that computes its scores, and of an evaluation.
+      evaluate: task that a model trained on the chosen examples is scored by; None: no model is trained on them.
+      baselines: models that are scored beside it: the base as it is; one trained on as many random examples (of each
+        domain, unless `pooled`); one trained on all examples, by the same `training`, as papers compare with full data:
+        as many passes, so more steps.
     """
 
     name: str
     seed: int = 0
-    count: int
+    count: int | None = None
+    share: float | None = None
     mixture: Mapping[str, Any] = field(default_factory=dict)
     pooled: bool = False
     model: ModelConfig | None = None
     data: DataConfig
     training: TrainingConfig | None = None
     selector: SelectorConfig
+    evaluate: TaskConfig | None = None
+    baselines: tuple[Literal["none", "random", "all"], ...] = ("none", "random")
 
     def __post_init__(self) -> None:
         _check_name(self.name, self.seed)
-        at_least(1, self, "count")
+        if (self.count is None) == (self.share is None):
+            found = "neither is given" if self.count is None else "both are given"
+            raise FieldError("count", f"or share must say how many examples to choose, exactly one of them; {found}.")
+        require(self.count is None or self.count >= 1, "count", self.count, "at least 1")
+        require(self.share is None or 0 < self.share <= 1, "share", self.share, "greater than 0, and at most 1")
         names = [domain.name for domain in self.data.domains]
         require(bool(names), "data.domains", names, "a list of at least one domain")
         for name, share in self.mixture.items():
@@ -229,16 +257,63 @@ class SelectConfig:
             number = isinstance(share, int | float) and not isinstance(share, bool) and share >= 0
             require(number, f"mixture.{name}", share, "a number that is not negative")
         require(not self.mixture or sum(self.mixture.values()) > 0, "mixture", dict(self.mixture), "positive somewhere")
-        if self.pooled and (self.mixture or (self.selector.scores and not self.selector.targets)):
+        # These score each domain's examples for its own held-out ones. One reference serves all domains of "rho".
+        apart = self.selector.kind in ("influence", "less", "nice") and not self.selector.targets
+        if self.pooled and (self.mixture or apart):
             reason = "there is a mixture" if self.mixture else "each domain's utilities are for other targets"
             raise FieldError("pooled", f"is true, but {reason}; leave one of them out, or give selector.targets.")
-        for part in ("model", "training") if self.selector.scores else ():
+        needs = [f"the selector '{self.selector.kind}'"] if self.selector.scores else []
+        needs += [] if self.evaluate is None else ["an evaluation"]
+        for part in ("model", "training") if needs else ():
             if getattr(self, part) is None:
-                raise FieldError(part, f"is missing; the selector '{self.selector.kind}' looks at gradients of it.")
+                raise FieldError(part, f"is missing; {needs[0]} needs it.")
+        if self.training is not None and self.training.online is not None:
+            raise FieldError("training.online", "is of the rounds of a study; leave it out of a selection.")
+        self._check_evaluation()
         try:
             self.selector.check(self.data)
         except FieldError as error:
             raise error.inside("selector") from None
+
+    def _check_evaluation(self) -> None:
+        if self.evaluate is not None and self.evaluate.kind == "external":
+            reason = "is 'external', but a selection asks nobody outside; choose another kind, or leave evaluate out."
+            raise FieldError("evaluate.kind", reason)
+        once = len(set(self.baselines)) == len(self.baselines)
+        require(once, "baselines", list(self.baselines), "a list without repetition")
+        if self.evaluate is None and self.baselines != type(self).__dataclass_fields__["baselines"].default:
+            raise FieldError("baselines", "have no meaning without evaluate; leave them out, or give it.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurateConfig(CurateSections):
+    """A curation. `model` is asked, sampled or pruned; with `training` it is first trained on the domains, without it
+    is taken as it is."""
+
+    name: str
+    seed: int = 0
+    model: ModelConfig | None = None
+    training: TrainingConfig | None = None
+
+    def __post_init__(self) -> None:
+        _check_name(self.name, self.seed)
+        self.check(self.model, self.training)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferenceConfig(PreferenceSections):
+    """A preference training. Of `training`, batches are of pairs, so of twice as many sequences."""
+
+    name: str
+    seed: int = 0
+    model: ModelConfig
+    training: TrainingConfig
+
+    def __post_init__(self) -> None:
+        _check_name(self.name, self.seed)
+        if self.training.online is not None:
+            raise FieldError("training.online", "is of the rounds of a study; leave it out of a preference training.")
+        self.check_pairs()
 
 
 def _check_name(name: str, seed: int) -> None:
@@ -261,6 +336,16 @@ def load_selection(path: str | Path, overrides: Sequence[str] = ()) -> SelectCon
     return _load(SelectConfig, path, overrides)
 
 
+def load_curation(path: str | Path, overrides: Sequence[str] = ()) -> CurateConfig:
+    """Like `load`, of a curation."""
+    return _load(CurateConfig, path, overrides)
+
+
+def load_preference(path: str | Path, overrides: Sequence[str] = ()) -> PreferenceConfig:
+    """Like `load`, of a preference training."""
+    return _load(PreferenceConfig, path, overrides)
+
+
 def _load(kind: type[Config], path: str | Path, overrides: Sequence[str]) -> Config:
     try:
         return decode(kind, reduce(override, overrides, parse(Path(path).read_text(encoding="utf-8"))))
@@ -281,12 +366,12 @@ def from_dict(tree: Any) -> StudyConfig:
     return decode(StudyConfig, tree)
 
 
-def dump(config: StudyConfig | SelectConfig) -> str:
+def dump(config: StudyConfig | SelectConfig | PreferenceConfig) -> str:
     """YAML text that loads back equal; environment variables are already replaced in it."""
     return yaml.safe_dump(encode(config), sort_keys=False, allow_unicode=True, width=112)
 
 
-def differences(one: StudyConfig, other: StudyConfig) -> list[str]:
+def differences(one: Config, other: Config) -> list[str]:
     """Dotted paths of the fields in which two configurations differ."""
     left, right = flat(encode(one)), flat(encode(other))
     return [path for path in {**left, **right} if left.get(path, ...) != right.get(path, ...)]

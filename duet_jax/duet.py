@@ -28,7 +28,7 @@ from duet_jax.config import StudyConfig
 from duet_jax.display import Display, shares
 from duet_jax.errors import StudyError
 from duet_jax.feedback import Deployed
-from duet_jax.feedback.deployed import response_tokens
+from duet_jax.feedback.likelihood import response_tokens
 from duet_jax.job import Job
 from duet_jax.recall import at_target, make_search, recall
 from duet_jax.search import Search
@@ -187,6 +187,7 @@ def _fit(
         fingerprint=job.model.fingerprint,
         folder=folder,
         on_step=on_step,
+        reference=job.reference,
     )
     return rows, repeats, trained, Deployed(job.engine, *trainer.deployable(trained.trainable))
 

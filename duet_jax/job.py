@@ -11,18 +11,19 @@ import numpy as np
 
 from duet_jax import models
 from duet_jax._search_config import configured
-from duet_jax.config import DomainConfig, StudyConfig, TaskConfig, TrainingConfig
-from duet_jax.data import Domain, Encoded, Example, join, load_examples
-from duet_jax.errors import ConfigError
-from duet_jax.feedback import Coarse, CommandTask, Engine, PythonTask, Task, WeightedSum, build, load_function
-from duet_jax.feedback.harness import Benchmark, HarnessTask, load_benchmark
-from duet_jax.loading import load, load_all, load_goal
+from duet_jax.config import StudyConfig, TrainingConfig
+from duet_jax.data import Domain, Encoded, join
+from duet_jax.errors import DataError
+from duet_jax.feedback import Coarse, Engine, Task
+from duet_jax.loading import Goal, check_layers, load, load_all, load_goal
 from duet_jax.recall import make_search
 from duet_jax.search import Search
 from duet_jax.search.constraints import round_counts
 from duet_jax.selection import choose, plan, pool_size
+from duet_jax.selection.online import reference_losses
 from duet_jax.training.optimiser import program_of
 from duet_jax.training.sft import Trainer
+from duet_jax.unseen import read_task
 
 # Trainers whose compiled programs are kept.
 MOST_TRAINERS = 8
@@ -39,9 +40,10 @@ class Job:
       sizes: examples of each domain that may be chosen, by name.
       starts: int64 `[d + 1]`, where each domain begins in `data`.
       utilities: for each domain float64 `[examples]`.
+      reference: of online selection, float32 `[len(data)]`, summed losses under its reference; None without it.
       validation: held-out examples of each domain that are scored after training.
       model: the base model.
-      trainer: compiled training, as the configuration has it; see `trainer_for`.
+      trainer: training as the configuration has it, less online selection; see `trainer_for`.
       engine: compiled scoring and generation.
       task: the unseen task; None when feedback is told from outside.
       coarse: what is done to the task's feedback before the search hears it.
@@ -54,6 +56,7 @@ class Job:
     sizes: dict[str, int]
     starts: np.ndarray
     utilities: tuple[np.ndarray, ...]
+    reference: np.ndarray | None
     validation: dict[str, Encoded]
     model: models.Model
     trainer: Trainer
@@ -88,7 +91,8 @@ class Job:
         rows, plans = [], []
         for i, name in enumerate(self.names):
             utilities = self.utilities[i]
-            pool = pool_size(len(utilities), rule=selector.rule, fraction=selector.fraction)
+            eligible = int(np.count_nonzero(utilities > -np.inf))
+            pool = pool_size(eligible, rule=selector.rule, fraction=selector.fraction)
             if wanted[i] > pool:
                 plans.append(plan(name, pool, int(wanted[i])))
             rng = np.random.default_rng([seed, i])
@@ -119,24 +123,31 @@ def prepare(
     domains = load_all(config.data, config.seed)
     sizes = _sizes(config, domains)
     search = make_search(config, sizes)
-    evaluation = _task_examples(config.task, config.seed, "task")
-    benchmarks = _benchmarks(config.task)
-    function = None if config.task.function is None else load_function(config.task.function)
+    unseen = read_task(config.task, config.seed, "task")
     selector, selections = config.selector, folder / "selections"
     goal = load_goal(selector, config.data.domains, domains, config.seed, selections)
-    texts = [example for _, examples in [*evaluation, *goal.targets] for example in examples]
-    loaded = load(config.model, config.data, config.training, domains, texts, config.seed, say)
+    texts = [*unseen.texts, *(example for _, examples in goal.targets for example in examples)]
+    online, plain = config.training.online, dataclasses.replace(config.training, online=None)
+    loaded = load(config.model, config.data, plain, domains, texts, config.seed, say)
     model = loaded.model
-    _check_layers(config, model)
-    task = None
-    if config.task.kind != "external":
-        task = _build_task(config.task, loaded.engine, iter(evaluation), iter(benchmarks), function)
+    check_layers(model, config.training, _searched_layers(config))
+    task = None if config.task.kind == "external" else unseen.build(loaded.engine)
     held_out = {
         domain.name: loaded.encode(domain.validation[: config.data.validation_examples], f"{domain.name} (validation)")
         for domain in domains
         if domain.validation and config.data.validation_examples
     }
     utilities = loaded.utilities(selector, goal, selections, config.seed, say, on_progress)
+    for domain, values in zip(domains, utilities, strict=True):
+        if not np.any(values > -np.inf):
+            raise DataError(
+                f"domain '{domain.name}': the selector '{selector.kind}' leaves none of its {len(values)} examples to "
+                f"choose from; leave the domain out, or take another selector"
+            )
+    reference = None
+    if online is not None:
+        pool = loaded.pool(Goal((), None), None, config.seed, say, on_progress)
+        reference = reference_losses(pool, online, selections)
     feedback = config.feedback
     return Job(
         config=config,
@@ -145,6 +156,7 @@ def prepare(
         sizes=sizes,
         starts=np.concatenate([[0], np.cumsum([len(one) for one in loaded.train])]),
         utilities=utilities,
+        reference=reference,
         validation=held_out,
         model=model,
         trainer=loaded.trainer,
@@ -169,56 +181,7 @@ def _sizes(config: StudyConfig, domains: Sequence[Domain]) -> dict[str, int]:
     return {domain.name: pool_size(len(domain.train), rule=rule, fraction=fraction) for domain in domains}
 
 
-def _check_layers(config: StudyConfig, model: models.Model) -> None:
-    """Layers with adapters must be those of the model, also where they are searched."""
+def _searched_layers(config: StudyConfig) -> list[tuple[int, ...]]:
+    """What training.lora.layers may be where it is searched."""
     searched = [setting for setting in config.search.settings if setting.field == "training.lora.layers"]
-    chosen = [config.training.lora.layers, *(one for setting in searched for one in (setting.members, *setting.values))]
-    last = model.config.num_layers - 1
-    for layers in chosen if config.training.method == "lora" else ():
-        if layers and max(layers) > last:
-            raise ConfigError(
-                f"training.lora.layers may be {list(layers)}, but the layers of {model.source} are 0 to {last}."
-            )
-
-
-def _task_examples(config: TaskConfig, seed: int, place: str) -> list[tuple[str, list[Example]]]:
-    """Name and examples of every built-in task of a (possibly nested) task, in order."""
-    if config.kind == "sum":
-        nested = [_task_examples(part.task, seed, f"{place}.tasks[{i}].task") for i, part in enumerate(config.tasks)]
-        return [pair for part in nested for pair in part]
-    if config.source is None:
-        return []
-    spec = DomainConfig(
-        name=place,
-        source=config.source,
-        split=config.split,
-        prompt=config.prompt,
-        response=config.response,
-        messages=config.messages,
-        max_examples=config.max_examples,
-        options=config.options,
-    )
-    return [(place, load_examples(spec, seed=seed))]
-
-
-def _benchmarks(config: TaskConfig) -> list[Benchmark]:
-    """Every benchmark of a (possibly nested) task, in order."""
-    if config.kind == "sum":
-        return [benchmark for part in config.tasks for benchmark in _benchmarks(part.task)]
-    return [load_benchmark(config)] if config.kind == "harness" else []
-
-
-def _build_task(  # type: ignore[no-untyped-def]
-    config: TaskConfig, engine: Engine, evaluation, benchmarks, function
-) -> Task:
-    if config.kind == "sum":
-        parts = [(part.weight, _build_task(part.task, engine, evaluation, benchmarks, None)) for part in config.tasks]
-        return WeightedSum(tuple(parts))
-    if config.kind == "harness":
-        return HarnessTask.build(next(benchmarks), config, engine)
-    if config.kind == "python":
-        return PythonTask(function)
-    if config.kind == "command":
-        return CommandTask(tuple(config.command))
-    name, examples = next(evaluation)
-    return build(config, engine, examples, name)
+    return [layers for setting in searched for layers in (setting.members, *setting.values) if layers]

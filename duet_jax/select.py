@@ -4,8 +4,10 @@ Written into a folder are
   scores.parquet     a row for every training example: domain, id, utility, rank among those it was chosen from, and
                      whether it was chosen
   selected.jsonl     the chosen examples, highest utility first, with domain and utility: a source for `duet run`
-  selection.json     what was done: configuration, model, counts, versions, and what was said meanwhile
-  work/              utilities and what they were made of, by hash; a run that was killed goes on from there
+  selection.json     what was done: configuration, model, counts, versions, what was said meanwhile, and with `evaluate`
+                     the `evaluation`: a row for the model trained on the chosen examples and for each baseline
+  work/              utilities, trained models and what they were made of, by hash; a run that was killed goes on from
+                     there
 """
 
 from __future__ import annotations
@@ -14,25 +16,26 @@ import dataclasses
 import importlib.metadata
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import filelock
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 
 from duet_jax._decode import encode as plain
-from duet_jax._files import write
+from duet_jax._files import alone, write
 from duet_jax.config import SelectConfig
 from duet_jax.data import Domain, Example
+from duet_jax.data.example import any_chat, as_row
 from duet_jax.display import Display
-from duet_jax.errors import ConfigError, StudyError
-from duet_jax.loading import Loaded, load, load_all, load_goal
+from duet_jax.errors import ConfigError
+from duet_jax.evaluate import Evaluation, choices
+from duet_jax.loading import Goal, Loaded, load, load_all, load_goal
 from duet_jax.search.constraints import Constraints, round_counts
-from duet_jax.selection import choose, load_utilities, pool_size
+from duet_jax.selection import choose, floor_share, load_utilities, pool_size
+from duet_jax.unseen import read_task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,16 +50,19 @@ class Scored:
 def select(config: SelectConfig, folder: Path, quiet: bool = False) -> dict[str, tuple[str, ...]]:
     """Scores the training examples of all domains and writes the chosen ones into `folder`.
 
+    With `evaluate`, models are then trained on them and on the baselines, and scored.
+
     Returns:
       Ids of the chosen examples of each domain, highest utility first.
 
     Raises:
       ConfigError, DataError, ModelError: the first mistake found.
+      FeedbackError: a reply cannot be rewarded, or the task could not be asked; a new run asks again.
       StudyError: another process selects into this folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     said: list[str] = []
-    with _alone(folder), Display(1, quiet=quiet) as display:
+    with alone(folder, "selects into"), Display(1, quiet=quiet) as display:
 
         def say(line: str) -> None:
             said.append(line)
@@ -65,32 +71,60 @@ def select(config: SelectConfig, folder: Path, quiet: bool = False) -> dict[str,
         domains = load_all(config.data, config.seed)
         # Before anything is computed: how many of each there are is known now.
         _counts(config, [len(domain.train) for domain in domains])
-        loaded, scored = _score(config, domains, folder / "work", say, display)
+        work = folder / "work"
+        goal = load_goal(config.selector, config.data.domains, domains, config.seed, work)
+        loaded, measure = _load(config, domains, goal, work, say, display)
+        scored = _score(config, domains, goal, loaded, work, say, display)
         chosen = _choose(config, scored)
-        _write(config, folder, scored, chosen, loaded, said)
+        about = _write(config, folder, scored, chosen, loaded)
         total = sum(len(rows) for rows in chosen)
         counts = " · ".join(f"{part.name} {len(rows)}" for part, rows in zip(scored, chosen, strict=True))
         say(f"{total} of {sum(len(part.examples) for part in scored)} examples chosen: {counts}; see {folder}")
+        _note(folder, about, said)
+        if measure is not None:
+            about["evaluation"] = []
+            for name, rows in choices(config, [len(part.examples) for part in scored], chosen):
+                found = measure(name, rows)
+                say(str(found))
+                about["evaluation"].append(dataclasses.asdict(found))
+                _note(folder, about, said)
     return {part.name: tuple(part.examples[row].id for row in rows) for part, rows in zip(scored, chosen, strict=True)}
 
 
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    lock = filelock.FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        raise StudyError(f"Another process selects into {folder}; wait for it, or give another folder.") from None
-    with lock:
-        yield
+def _load(
+    config: SelectConfig,
+    domains: list[Domain],
+    goal: Goal,
+    work: Path,
+    say: Callable[[str], None],
+    display: Display,
+) -> tuple[Loaded | None, Evaluation | None]:
+    """The model and the evaluation, where they are wanted; all that can be wrong with the task is told here."""
+    unseen = None if config.evaluate is None else read_task(config.evaluate, config.seed, "evaluate")
+    if config.model is None or config.training is None or not (config.selector.scores or unseen):
+        return None, None
+    others = [example for _, examples in goal.targets for example in examples]
+    others += [] if unseen is None else unseen.texts
+    loaded = load(config.model, config.data, config.training, domains, others, config.seed, say)
+    if unseen is None:
+        return loaded, None
+    task = unseen.build(loaded.engine)
+    place = work / "evaluation"
+    return loaded, Evaluation(loaded, task, unseen.identity(task), config.seed, place, display.work)
 
 
 def _score(
-    config: SelectConfig, domains: list[Domain], work: Path, say: Callable[[str], None], display: Display
-) -> tuple[Loaded | None, list[Scored]]:
+    config: SelectConfig,
+    domains: list[Domain],
+    goal: Goal,
+    loaded: Loaded | None,
+    work: Path,
+    say: Callable[[str], None],
+    display: Display,
+) -> list[Scored]:
     selector = config.selector
-    if config.model is None or config.training is None or not selector.scores:
-        return None, [
+    if loaded is None:
+        return [
             Scored(
                 domain.name,
                 domain.train,
@@ -98,35 +132,41 @@ def _score(
             )
             for domain in domains
         ]
-    goal = load_goal(selector, config.data.domains, domains, config.seed, work)
-    others = [example for _, examples in goal.targets for example in examples]
-    loaded = load(config.model, config.data, config.training, domains, others, config.seed, say)
     utilities = loaded.utilities(selector, goal, work, config.seed, say, display.work)
     found = []
     for domain, encoded, values in zip(domains, loaded.train, utilities, strict=True):
         kept = set(encoded.ids)
         found.append(Scored(domain.name, [example for example in domain.train if example.id in kept], values))
-    return loaded, found
+    return found
 
 
 def _counts(config: SelectConfig, sizes: Sequence[int]) -> list[int]:
     """Examples to choose of each domain, or of all as one.
 
+    Args:
+      config: of the selection.
+      sizes: examples of each domain that can be chosen.
+
     Raises:
-      ConfigError: there are not so many.
+      ConfigError: there are not so many, or the share is less than one example.
     """
     selector, names = config.selector, [domain.name for domain in config.data.domains]
+    field, total = "count", config.count
+    if config.share is not None:
+        field, total = "share", floor_share(config.share, sum(sizes))
+    if not total:
+        raise ConfigError(f"share is {config.share}, less than one of {sum(sizes)} examples; raise it, or give count.")
     if config.pooled:
-        names, sizes, counts = ["all domains"], [sum(sizes)], [config.count]
+        names, sizes, counts = ["all domains"], [sum(sizes)], [total]
     else:
         shares = [config.mixture.get(name, 0.0) for name in names] if config.mixture else sizes
-        counts = round_counts(np.array(shares, np.float64), config.count, Constraints()).tolist()
+        counts = round_counts(np.array(shares, np.float64), total, Constraints()).tolist()
     for name, size, count in zip(names, sizes, counts, strict=True):
         most = pool_size(size, rule=selector.rule, fraction=selector.fraction)
         if count > most:
             raise ConfigError(
-                f"count is {config.count}, which asks for {count} examples of {name}, but there are {most} to choose "
-                f"from; lower count{'' if config.pooled else ', or give another mixture'}."
+                f"{field} is {getattr(config, field)}, which asks for {count} examples of {name}, but there are {most} "
+                f"to choose from; lower {field}{'' if config.pooled else ', or give another mixture'}."
             )
     return counts
 
@@ -134,7 +174,7 @@ def _counts(config: SelectConfig, sizes: Sequence[int]) -> list[int]:
 def _choose(config: SelectConfig, scored: list[Scored]) -> list[np.ndarray]:
     """Rows of each domain that are chosen, highest utility first."""
     sizes = [len(part.examples) for part in scored]
-    counts = _counts(config, sizes)
+    counts = _counts(config, [int(np.count_nonzero(part.utilities > -np.inf)) for part in scored])
     if config.pooled:
         together = np.concatenate([part.utilities for part in scored])
         rows = choose(config.selector, together, counts[0], np.random.default_rng([config.seed, 0]))
@@ -154,8 +194,8 @@ def _write(
     scored: list[Scored],
     chosen: list[np.ndarray],
     loaded: Loaded | None,
-    said: list[str],
-) -> None:
+) -> dict[str, Any]:
+    """Writes scores and chosen examples, and gives what selection.json says of them."""
     utilities = np.concatenate([part.utilities for part in scored])
     domain = np.repeat(np.arange(len(scored)), [len(part.examples) for part in scored])
     group = np.zeros_like(domain) if config.pooled else domain
@@ -176,17 +216,15 @@ def _write(
     content = io.BytesIO()
     pyarrow.parquet.write_table(table, content)
     write(folder / "scores.parquet", content.getvalue())
-    chat = any(
-        not isinstance(part.examples[row].prompt, str) for part, at in zip(scored, chosen, strict=True) for row in at
-    )
+    chat = any_chat(part.examples[row] for part, at in zip(scored, chosen, strict=True) for row in at)
     rows = [
-        _row(part.name, part.examples[row], float(part.utilities[row]), chat)
+        as_row(part.examples[row], chat=chat) | {"domain": part.name, "utility": float(part.utilities[row])}
         for part, at in zip(scored, chosen, strict=True)
         for row in at
     ]
     rows.sort(key=lambda row: -row["utility"])
     write(folder / "selected.jsonl", "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows))
-    about = {
+    return {
         "config": plain(config),
         "model": None if loaded is None else {"source": loaded.model.source, "fingerprint": loaded.model.fingerprint},
         "domains": {
@@ -194,18 +232,8 @@ def _write(
             for part, at in zip(scored, chosen, strict=True)
         },
         "versions": {name: importlib.metadata.version(name) for name in ("duet_jax", "jax", "numpy")},
-        "log": said,
     }
-    write(folder / "selection.json", json.dumps(about, indent=1, ensure_ascii=False) + "\n")
 
 
-def _row(domain: str, example: Example, utility: float, chat: bool) -> dict[str, Any]:
-    """An example as `load_examples` reads it; with `chat`, prompt and response are one conversation."""
-    row: dict[str, Any] = {"id": example.id, "domain": domain, "utility": utility}
-    if chat:
-        prompt = example.prompt
-        turns = ([{"role": "user", "content": prompt}] if prompt else []) if isinstance(prompt, str) else list(prompt)
-        row["messages"] = [*turns, {"role": "assistant", "content": example.response}]
-    else:
-        row |= {"prompt": example.prompt, "response": example.response}
-    return {**dict(example.meta), **row}
+def _note(folder: Path, about: dict[str, Any], said: list[str]) -> None:
+    write(folder / "selection.json", json.dumps({**about, "log": said}, indent=1, ensure_ascii=False) + "\n")

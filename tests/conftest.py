@@ -1,13 +1,19 @@
-"""Property tests give the same examples on every run, and take the time they need on a busy machine."""
+"""Property tests give the same examples on every run, and take the time they need on a busy machine.
+
+Programs of tests run for milliseconds and compile for seconds, a third of which LLVM spends on making them fast: it is
+told not to, unless XLA_FLAGS is set (empty is enough).
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 
-import hypothesis
-import jax
-import pytest
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+import pytest  # noqa: E402
 
 hypothesis.settings.register_profile("duet", derandomize=True, deadline=None, max_examples=50)
 hypothesis.settings.load_profile("duet")

@@ -285,7 +285,8 @@ def test_overrides_leave_the_rest() -> None:
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
 def test_what_the_package_brings_loads(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DUET_DATA", "/data")
-    config = (configs.load_selection if "select" in path.name else configs.load)(path)
+    loaders = {"select": configs.load_selection, "curate": configs.load_curation, "preference": configs.load_preference}
+    config = next((load for word, load in loaders.items() if word in path.name), configs.load)(path)
     assert config.name == path.stem
 
 

@@ -306,3 +306,16 @@ def test_a_second_run_is_refused(tmp_path):
     Study.create(tmp_path / "s", settings())
     with Study.open(tmp_path / "s").running(), pytest.raises(StudyError, match="nother run holds"):
         duet.run(settings(), tmp_path / "s", quiet=True)
+
+
+def test_a_domain_of_which_nothing_may_be_chosen_is_told_before_training(tmp_path):
+    """All of the second domain repeats the first one."""
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({"prompt": f"{i:05}", "response": f"{i * i:08}"}) + "\n" for i in range(20)))
+    domains = tuple(configs.DomainConfig(name=name, source=str(file)) for name in "ab")
+    config = settings()
+    data = dataclasses.replace(config.data, domains=domains, validation_fraction=0)
+    selector = configs.SelectorConfig(kind="near_duplicates", rule="top_k", threshold=1.0)
+    with pytest.raises(DataError, match="domain 'b': the selector 'near_duplicates' leaves none of its 20 examples"):
+        duet.run(dataclasses.replace(config, data=data, selector=selector), tmp_path / "study", quiet=True)
+    assert not Study.open(tmp_path / "study").trials()

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = {"types", "errors", "_checks", "config"}
-COMPUTE = {"search", "kernels", "models", "data", "training", "feedback", "selection", "influence"}
+COMPUTE = {"search", "kernels", "models", "data", "training", "feedback", "selection", "influence", "curation"}
 # What each folder may import of ours, besides itself and SHARED.
 ALLOWED = {
     "search": set(),
@@ -21,7 +21,8 @@ ALLOWED = {
     "training": {"kernels", "models", "data"},
     "feedback": {"kernels", "models", "data"},
     "influence": {"kernels", "models", "data", "_files"},
-    "selection": {"models", "data", "training", "feedback", "influence", "_files", "_decode"},
+    "selection": {"kernels", "models", "data", "training", "feedback", "influence", "_files", "_decode", "curation"},
+    "curation": {"models", "data", "training", "feedback", "_files"},
     "report": {"recall", "study", "trial", "search", "_files"},
 }
 MODULES = sorted([*ROOT.glob("duet_jax/**/*.py"), *ROOT.glob("kernels/**/*.py")])

@@ -75,6 +75,7 @@ def apart(points) -> float:
     return min(np.linalg.norm(a - b) for i, a in enumerate(points) for b in points[:i])
 
 
+@pytest.mark.slow
 def test_twenty_trials_beat_random_and_are_mixtures():
     ours, chance = [], []
     for seed in range(3):

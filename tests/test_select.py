@@ -82,6 +82,15 @@ def test_a_mixture_or_one_pool(tmp_path: Path, given: dict[str, Any]) -> None:
     assert sorted(table(tmp_path)["rank"]) == list(range(1, 31))
 
 
+@pytest.mark.parametrize(("share", "count"), [(0.05, 1), (0.29, 8), (0.7, 21), (1.0, 30)])
+def test_a_share_in_place_of_a_count(tmp_path: Path, given: dict[str, Any], share: float, count: int) -> None:
+    assert run(tmp_path, given, "count=null", f"share={share}") == 0
+    found = table(tmp_path)
+    assert sum(found["selected"]) == count
+    of_b = [chosen for name, chosen in zip(found["domain"], found["selected"], strict=True) if name == "b"]
+    assert abs(sum(of_b) - count / 3) < 1
+
+
 def test_what_was_selected_is_a_domain_again(tmp_path: Path, given: dict[str, Any]) -> None:
     run(tmp_path, given)
     examples = load_examples(DomainConfig(name="d", source=str(tmp_path / "out" / "selected.jsonl")))
@@ -106,11 +115,20 @@ def test_conversations_stay_conversations(tmp_path: Path, given: dict[str, Any])
         (["count=31"], "count is 31, which asks for 21 examples of a, but there are 20 to choose from; lower count"),
         (["mixture={b: 1}", "count=11"], "count is 11, which asks for 11 examples of b, but there are 10"),
         (["pooled=true", "count=31"], "31 examples of all domains, but there are 30 to choose from; lower count."),
+        (["count=null"], "count or share must say how many examples to choose, exactly one of them; neither is given."),
+        (["share=0.5"], "count or share must say how many examples to choose, exactly one of them; both are given."),
+        (["count=0"], "count is 0; it must be at least 1."),
+        (["count=null", "share=1.5"], "share is 1.5; it must be greater than 0, and at most 1."),
+        (["count=null", "share=0.03"], "share is 0.03, less than one of 30 examples; raise it, or give count."),
+        (
+            ["count=null", "share=0.5", "mixture={b: 1}"],
+            "share is 0.5, which asks for 15 examples of b, but there are 10 to choose from; lower share, or give",
+        ),
         (["mixture={c: 1}"], "mixture is 'c'; it must be made of the domains a, b."),
         (["mixture={a: -1}"], "mixture.a is -1; it must be a number that is not negative."),
         (["mixture={a: 0}"], "mixture is {'a': 0}; it must be positive somewhere."),
         (["mixture={a: 1}", "pooled=true"], "pooled is true, but there is a mixture; leave one of them out"),
-        (["selector={kind: less}"], "model is missing; the selector 'less' looks at gradients of it."),
+        (["selector={kind: less}"], "model is missing; the selector 'less' needs it."),
         (["selector={kind: less, damping: 1}"], "selector.damping has no meaning for a selector of kind 'less'"),
         (["selector={kind: influence, k: 64}"], "selector.k has no meaning for a selector of kind 'influence'"),
         (["selector={kind: less, k: 100}"], "selector.k is 100; it must be a positive multiple of 32."),
@@ -167,9 +185,12 @@ def test_a_selection_by_gradients_and_again(
 ) -> None:
     target = {"name": "t", "source": "synthetic:walk", "split": "test", "options": {**WALK, "tags": "A"}}
     selector = {"kind": "less", "rule": "top_k", "warmup_epochs": 2, "k": 512, "targets": [target]}
-    tree = walks(count=16, selector=selector)
+    task = {"kind": "response_loss", "source": "synthetic:walk", "options": {**WALK, "tags": "A"}, "batch_size": 8}
+    tree = walks(count=16, selector=selector, evaluate=task, baselines=["none"])
     assert run(tmp_path, tree) == 0
     about = json.loads((tmp_path / "out" / "selection.json").read_text())
+    assert [(row["name"], row["examples"]) for row in about["evaluation"]] == [("selected", 16), ("none", 0)]
+    assert about["evaluation"][0]["score"] > about["evaluation"][1]["score"]
     assert about["model"]["source"] == "from scratch" and "sketch error of a cosine" in " ".join(about["log"])
     first = table(tmp_path)
     monkeypatch.setattr("duet_jax.selection.trajectory._train", None)
@@ -178,6 +199,7 @@ def test_a_selection_by_gradients_and_again(
     assert table(tmp_path)["utility"] == first["utility"] and sum(table(tmp_path)["selected"]) == 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["influence", "less"])
 def test_a_study_trains_on_what_the_selector_prefers(tmp_path: Path, kind: str) -> None:
     task = {"kind": "response_loss", "source": "synthetic:walk", "options": {**WALK, "tags": "A"}, "batch_size": 8}

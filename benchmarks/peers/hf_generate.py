@@ -1,6 +1,7 @@
 """transformers' `generate`, for benchmarks/generation.py; run by a Python with torch and transformers.
 
-Reads a JSON request from standard input, writes a line of JSON for each case and round: seconds and new tokens.
+Reads a JSON request from standard input, writes a line of JSON with the seconds of a step's products alone, and one for
+each case and round: seconds and new tokens.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def main() -> None:
     request = json.load(sys.stdin)
     model = transformers.AutoModelForCausalLM.from_pretrained(request["folder"], dtype=DTYPES[request["dtype"]]).eval()
+    print(json.dumps({"products_seconds": products(model, request["rows"])}), flush=True)
     for name in request["cases"]:
         case = request["cases"][name]
         for number in range(request["rounds"] + 1):
@@ -30,6 +32,20 @@ def main() -> None:
 
 def versions() -> dict[str, str]:
     return {"transformers": transformers.__version__, "torch": torch.__version__}
+
+
+@torch.inference_mode()
+def products(model: torch.nn.Module, rows: int) -> float:
+    """Seconds of the products of so many rows with the weights of all linear layers, the best of several."""
+    weights = [layer.weight for layer in model.modules() if isinstance(layer, torch.nn.Linear)]
+    inputs = {size: torch.ones(rows, size, dtype=weights[0].dtype) for size in {w.shape[1] for w in weights}}
+    seconds = []
+    for _ in range(10):
+        began = time.perf_counter()
+        for weight in weights:
+            torch.nn.functional.linear(inputs[weight.shape[1]], weight)
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)
 
 
 @torch.inference_mode()

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
-from duet_jax._checks import require
+from duet_jax._checks import check_estimator, require
 from duet_jax.errors import ConfigError, DataError
 
 Advantage = Literal["leave_one_out", "none", "mean", "optimal", "gold"]
@@ -53,16 +53,7 @@ class Estimator:
         advantages, variants = get_args(Advantage), get_args(Variant)
         require(self.advantage in advantages, "advantage", self.advantage, f"one of {', '.join(advantages)}")
         require(self.variant in variants, "variant", self.variant, f"one of {', '.join(variants)}")
-        require(self.top is None or self.top >= 1, "top", self.top, "at least 1")
-        cap = self.importance_cap
-        require(cap is None or cap > 0, "importance_cap", cap, "positive, or null for no importance weights")
-        if self.variant == "vanilla":
-            rule = "left out for the variant vanilla, in which all replies count"
-            require(self.top is None, "top", self.top, rule)
-            require(not self.worst_case_protection, "worst_case_protection", True, rule)
-        elif self.advantage == "gold":
-            rule = "another than gold where the label itself may count: its own advantage is 0"
-            require(not self.worst_case_protection, "advantage", self.advantage, rule)
+        check_estimator(self)
 
     @property
     def needs_label(self) -> bool:

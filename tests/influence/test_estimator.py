@@ -254,12 +254,12 @@ def test_what_needs_labels_or_more_is_said() -> None:
         ({"advantage": "best"}, "advantage is 'best'; it must be one of leave_one_out, none"),
         ({"variant": "topk"}, "variant is 'topk'"),
         ({"variant": "rejection", "top": 0}, "top is 0; it must be at least 1"),
-        ({"top": 10}, "top is 10; it must be left out for the variant vanilla"),
-        ({"worst_case_protection": True}, "worst_case_protection is True; it must be left out"),
+        ({"top": 10}, "top is of the variants of rejection; leave it out"),
+        ({"worst_case_protection": True}, "worst_case_protection is of the variants of rejection"),
         ({"importance_cap": 0.0}, "importance_cap is 0.0; it must be positive"),
         (
             {"advantage": "gold", "variant": "rejection", "worst_case_protection": True},
-            "its own advantage is 0",
+            "advantage is 'gold', by which a label that counts as a reply counts 0",
         ),
     ],
 )

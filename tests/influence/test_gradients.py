@@ -294,7 +294,7 @@ def sketches(gradients, rows=slice(None), pad=0, **extra):
     return gradients.sketch(CountSketch(256, 7))(params, lora, tokens, weights, **extra).values
 
 
-@pytest.mark.parametrize("gradients", [LORA, FULL], ids=["lora", "full"])
+@pytest.mark.parametrize("gradients", [LORA, pytest.param(FULL, marks=pytest.mark.slow)], ids=["lora", "full"])
 def test_an_example_does_not_depend_on_its_batch(gradients):
     """Batch size, order, padding, micro-batches."""
     expected = expected_sketch(CountSketch(256, 7), whole(gradients, FEW)[1])

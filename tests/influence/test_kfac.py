@@ -87,7 +87,7 @@ def close(found, expected, tolerance=1e-5):
     assert np.linalg.norm(found - expected) < tolerance * np.linalg.norm(expected)
 
 
-@pytest.mark.parametrize("target", ["lora", "full"])
+@pytest.mark.parametrize("target", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 def test_corrected_eigenvalues_are_those_of_whole_gradients(target):
     """For drawn labels in one batch and true ones in two; rows without weight are no examples."""
     gradients, curvature = fitted(target)

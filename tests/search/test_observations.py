@@ -39,7 +39,10 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("name", KINDS)
+SLOW = ("best of", "rounded")
+
+
+@pytest.mark.parametrize("name", [pytest.param(x, marks=[pytest.mark.slow] if x in SLOW else []) for x in KINDS])
 def test_the_search_learns_from_it(name):
     kind, tell, scale = KINDS[name]
     rng = np.random.default_rng(1)

@@ -293,7 +293,7 @@ def test_float32_agrees_with_float64_within_the_noise_floor():
     assert np.all(np.isfinite(np.asarray(narrow.mixture))) and abs(float(narrow.mixture.sum()) - 1) < 1e-6
 
 
-@pytest.mark.parametrize("acquisition", ["log_ei", "thompson"])
+@pytest.mark.parametrize("acquisition", ["log_ei", pytest.param("thompson", marks=pytest.mark.slow)])
 def test_other_acquisitions_find_the_optimum(acquisition):
     search = Search(num_domains=D, acquisition=acquisition)
     state = search.init()
