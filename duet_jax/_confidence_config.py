@@ -35,6 +35,7 @@ First answer: {first}
 Second answer: {second}
 
 Do these two answers to the question contradict each other? Answer Yes or No."""
+PREMISE = "premise: {first}\nhypothesis: {second}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,12 +45,15 @@ class ConfidenceConfig:
     The confidence is beta * (alpha * similarity + (1 - alpha) * match) + (1 - beta) * reflection, where similarity is
     how little the target and sampled answers contradict each other, match how many of these are the same, and
     reflection what the model says when it is asked. A part that is missing or has no weight is left out, and the
-    weights of the others are divided by their sum. In the templates {prompt} is the prompt as text; those that begin
-    with it, or with the same words before it, let the questions about an example share its pass.
+    weights of the others are divided by their sum. In the templates {prompt} is the prompt as text. The questions of
+    one kind about an example, those of self-reflection or those of contradiction, go through the network together and
+    share what they begin with: so let the prompt stand at the beginning, with the same words before it.
+
+    An example with a question, or a sample, that does not fit the model's context has no confidence.
 
     Attributes:
       samples: answers to each prompt; 0: reflection alone.
-      max_new_tokens: of an answer, and of a free text of reflection.
+      max_new_tokens: of an answer.
       temperature: of the answers.
       stop: texts that end an answer when they are complete.
       batch_size: answers that are written at the same time.
@@ -64,9 +68,12 @@ class ConfidenceConfig:
         each pair is a contradiction.
       reflection: whether the probabilities of the options' letters are read, averaged over which letter stands for
         what, or a text is written and searched for the option it takes; one that takes none counts 1/2.
+      reflection_max_new_tokens: of such a text, which no `stop` ends.
       sample_template: around the prompt where answers are sampled; "{prompt}" leaves it as it is.
       reflection_templates: the questions of self-reflection, each with {prompt}, {answer} and {options}.
-      contradiction_template: with {prompt}, {first} and {second}; of "judge" a question to answer with Yes or No.
+      contradiction_template: with {prompt}, {first} and {second}, of "judge" a question to answer with Yes or No, and
+        of "nli" the form of premise and hypothesis that the classifier was trained on; None: `CONTRADICTION` or
+        `PREMISE`. A function has none.
     """
 
     samples: int = 5
@@ -82,13 +89,14 @@ class ConfidenceConfig:
     model: str | None = None
     function: str | None = None
     reflection: Literal["probabilities", "text"] = "probabilities"
+    reflection_max_new_tokens: int = 128
     sample_template: str = SAMPLE
     reflection_templates: tuple[str, ...] = REFLECTIONS
-    contradiction_template: str = CONTRADICTION
+    contradiction_template: str | None = None
 
     def __post_init__(self) -> None:
         at_least(0, self, "samples")
-        at_least(1, self, "max_new_tokens", "batch_size", "batch_tokens")
+        at_least(1, self, "max_new_tokens", "reflection_max_new_tokens", "batch_size", "batch_tokens")
         require(0 < self.temperature < float("inf"), "temperature", self.temperature, "greater than 0 and finite")
         require("" not in self.stop, "stop", list(self.stop), "a list of texts that are not empty")
         for name in ("alpha", "beta"):
@@ -110,8 +118,15 @@ class ConfidenceConfig:
         require(bool(self.reflection_templates), "reflection_templates", [], "a list of at least one template")
         for number, template in enumerate(self.reflection_templates):
             check_template(f"reflection_templates.{number}", template, {"prompt", "answer", "options"})
+        if self.contradiction == "python" and self.contradiction_template is not None:
+            raise FieldError("contradiction_template", "has no meaning; leave it out where contradiction is 'python'.")
         needed = {"first", "second"} | ({"prompt"} if self.contradiction == "judge" else set())
-        check_template("contradiction_template", self.contradiction_template, needed, {"prompt"})
+        check_template("contradiction_template", self.pair_template, needed, {"prompt"})
+
+    @property
+    def pair_template(self) -> str:
+        """Around two answers: `contradiction_template`, or what stands for it where there is none."""
+        return self.contradiction_template or (CONTRADICTION if self.contradiction == "judge" else PREMISE)
 
     @property
     def weights(self) -> Mapping[str, float]:

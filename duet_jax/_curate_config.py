@@ -141,8 +141,9 @@ class GroundedConfig:
     """Which responses their documents support, sentence by sentence (MiniCheck, arXiv 2404.10774).
 
     Attributes:
-      scorer: a language model that is asked, a sequence classifier of two labels of which the second means supported,
-        or a function.
+      scorer: a language model that is asked, a function, or a sequence classifier of two or three labels. The one that
+        means supported is named so in its config.json, beginning with entail or support; of two that are named LABEL_0
+        and LABEL_1 it is the second.
       model: as `model.source` of a judge; the folder of a classifier.
       function: "module:callable" that is called with a document and a claim and returns a number from 0 to 1.
       document: column with the document; None: the prompt.
@@ -246,7 +247,7 @@ class ClearConfig:
       acceptance: that confidence: of the verdict as an answer, or the mean probability of its letters.
       preference_template: which of two answers is better, with {prompt}, {first} and {second}, to be answered with A, B
         or, for neither, C.
-      max_new_tokens: of a proposal; a longer one is cut there.
+      max_new_tokens: of a proposal; one that has not ended by then is none, and is not judged.
       stop: texts that end a proposal when they are complete.
     """
 

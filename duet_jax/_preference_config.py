@@ -21,8 +21,10 @@ class PairsConfig:
       chosen, rejected: columns of the responses. No `rejected` for self-play, which samples them.
       max_examples: a seeded subsample of `source` of this size.
       validation: another source, or None: of this one, `validation_fraction` is held out.
+      validation_split: of `validation`, if it is a folder or a hub name; a file has none.
       validation_fraction: see there.
-      validation_examples: at most so many held-out pairs are measured after each epoch; 0: none.
+      validation_examples: at most so many pairs are held out, or drawn at random from `validation`, and measured after
+        each epoch; 0: none.
       max_length: tokens of prompt and response; longer ones are cut, which is reported.
       buckets: ascending lengths that pairs are padded to, the last is `max_length`. Empty: a quarter, a half and the
         whole of it.
@@ -35,6 +37,7 @@ class PairsConfig:
     rejected: str | None = "rejected"
     max_examples: int | None = None
     validation: str | None = None
+    validation_split: str = "test"
     validation_fraction: float = 0.1
     validation_examples: int = 256
     max_length: int = 256
@@ -44,6 +47,9 @@ class PairsConfig:
         for name in ("prompt", "chosen", "rejected", "validation"):
             require(getattr(self, name) != "", name, "", "a text that is not empty")
         require(self.rejected != self.chosen, "rejected", self.rejected, "another column than chosen")
+        default = type(self).__dataclass_fields__["validation_split"].default
+        if self.validation is None and self.validation_split != default:
+            raise FieldError("validation_split", "has no meaning without validation; leave it out, or give it.")
         # What is wrong with the other fields is told here: they have the same names there.
         object.__setattr__(self, "buckets", self.reading.buckets)
 
@@ -51,16 +57,16 @@ class PairsConfig:
     def reading(self) -> DataConfig:
         """How the preferred responses are read, and examples cut to length."""
         return DataConfig(
-            domains=(self.rows(self.chosen, self.source),),
+            domains=(self.rows(self.chosen),),
             validation_fraction=self.validation_fraction,
             validation_examples=self.validation_examples,
             max_length=self.max_length,
             buckets=self.buckets,
         )
 
-    def rows(self, column: str, source: str) -> DomainConfig:
+    def rows(self, column: str) -> DomainConfig:
         """How one of the two responses is read."""
-        whole = DomainConfig(name="pairs", source=source, split=self.split, max_examples=self.max_examples)
+        whole = DomainConfig(name="pairs", source=self.source, split=self.split, max_examples=self.max_examples)
         if self.prompt is None:
             return replace(whole, messages=column)
         return replace(whole, prompt=self.prompt, response=column)

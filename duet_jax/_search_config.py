@@ -163,7 +163,8 @@ class SearchConfig:
       settings: fields that are searched together with the mixture; their values elsewhere are not used.
       fidelity: of the trials; None: all are alike.
       groups: of domains, each domain in one at most.
-      repetition: no domain gives more than this many times its examples to the budget.
+      repetition: no domain gives the budget more than this many times the examples that the selector leaves to choose
+        from. Where it scores them first, `duet ask` needs a `duet run` before it.
       prior: a mixture by domain name, 0 where none is given, towards which proposals are pulled.
       penalty: how many standard deviations of the feedback a proposal gives up per nat of divergence from it.
     """

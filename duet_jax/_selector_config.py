@@ -12,8 +12,8 @@ from duet_jax._policy_config import PolicyConfig
 from duet_jax._reward_config import RewardConfig
 
 # The fields that a kind uses besides `kind`, `rule` and `fraction`; any other must be left at its default.
-_WARMUP = {"warmup_examples", "warmup_epochs"}
-_GRADIENTS = _WARMUP | {"targets"}
+_WARMUP = ("warmup_examples", "warmup_epochs")
+_GRADIENTS = {*_WARMUP, "targets"}
 _SKETCHES = {"form", "k", "row_format"}
 _DIVERSE = {"embedding", "depth"}
 _FIELDS: dict[str, set[str]] = {
@@ -22,10 +22,10 @@ _FIELDS: dict[str, set[str]] = {
     "influence": _GRADIENTS | {"damping"},
     "less": _GRADIENTS | _SKETCHES,
     "nice": _GRADIENTS | _SKETCHES | {"policy", "reward"},
-    "davir": _WARMUP | {"reference", "denominator"},
-    "rho": _WARMUP | {"targets", "reference", "token_mean"},
+    "davir": {*_WARMUP, "reference", "denominator"},
+    "rho": {*_GRADIENTS, "reference", "token_mean"},
     "loss_band": {"low", "high"},
-    "el2n": _WARMUP,
+    "el2n": set(_WARMUP),
     "length": set(),
     "length_matched": {"path"},
     "near_duplicates": {"threshold"},
@@ -59,7 +59,8 @@ class SelectorConfig:
       targets: what the examples should do well on, each with its own score: their mean counts under "influence",
         their maximum under "less" and "nice"; those of "nice" may have no responses. Empty: each domain's examples are
         for its own held-out ones, under "influence" by a model that was trained on this domain alone (DUET, arXiv
-        2502.00270, section 3.2).
+        2502.00270, section 3.2). Under "rho" one reference is trained on all of them or, if empty, on the held-out
+        examples of all domains.
       warmup_examples: at most so many random training examples train the model that is looked at; None: 256, or all
         of them for the reference of "davir" and "rho".
       warmup_epochs: passes over them; "less" and "nice" look at the model after each.
@@ -134,6 +135,9 @@ class SelectorConfig:
         for name, default in defaults.items():
             if name not in used and getattr(self, name) != default:
                 raise FieldError(name, f"has no meaning for a selector of kind '{self.kind}'; leave it out.")
+        for name in (*_WARMUP, "targets") if self.reference is not None else ():
+            if getattr(self, name) != defaults[name]:
+                raise FieldError(name, "has no meaning with a reference that is trained already; leave one out.")
         if self.kind == "length_matched":
             require(self.rule == "weighted", "rule", self.rule, "'weighted' for a selector of kind 'length_matched'")
         require(0 <= self.fraction < 1, "fraction", self.fraction, "in [0, 1)")
@@ -166,6 +170,11 @@ class SelectorConfig:
     def scores(self) -> bool:
         """Whether utilities are computed, from tokens or by the model."""
         return self.kind not in ("random", "utilities")
+
+    @property
+    def trains(self) -> bool:
+        """Whether the scores come from a training of the base model."""
+        return "warmup_epochs" in _FIELDS[self.kind] and self.reference is None
 
     @property
     def aims(self) -> bool:

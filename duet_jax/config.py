@@ -223,7 +223,8 @@ class SelectConfig:
       share: how many they are of all that can be chosen, rounded down, as 0.05.
       mixture: share of each domain in them; empty: as the domains are large.
       pooled: whether the domains are chosen from as one.
-      model, training: of a selector that computes its scores, and of an evaluation.
+      model: of a selector that computes its scores, and of an evaluation.
+      training: of a selector that trains, and of an evaluation.
       evaluate: task that a model trained on the chosen examples is scored by; None: no model is trained on them.
       baselines: models that are scored beside it: the base as it is; one trained on as many random examples (of each
         domain, unless `pooled`); one trained on all examples, by the same `training`, as papers compare with full data:
@@ -262,11 +263,13 @@ class SelectConfig:
         if self.pooled and (self.mixture or apart):
             reason = "there is a mixture" if self.mixture else "each domain's utilities are for other targets"
             raise FieldError("pooled", f"is true, but {reason}; leave one of them out, or give selector.targets.")
-        needs = [f"the selector '{self.selector.kind}'"] if self.selector.scores else []
-        needs += [] if self.evaluate is None else ["an evaluation"]
-        for part in ("model", "training") if needs else ():
-            if getattr(self, part) is None:
-                raise FieldError(part, f"is missing; {needs[0]} needs it.")
+        if self.pooled and self.selector.kind in ("log_det", "facility_location", "k_center"):
+            reason = f"is true, but the selector '{self.selector.kind}' searches each domain by itself; leave it out."
+            raise FieldError("pooled", reason)
+        selector = f"the selector '{self.selector.kind}'"
+        for part, needed in (("model", self.selector.scores), ("training", self.selector.trains)):
+            if getattr(self, part) is None and (needed or self.evaluate is not None):
+                raise FieldError(part, f"is missing; {selector if needed else 'an evaluation'} needs it.")
         if self.training is not None and self.training.online is not None:
             raise FieldError("training.online", "is of the rounds of a study; leave it out of a selection.")
         self._check_evaluation()

@@ -2,7 +2,8 @@
 
 Written into a folder are
   the files of its kind   see the module of the kind in `duet_jax.curation`
-  curation.json           what was done: configuration, model, versions, and what was said meanwhile
+  curation.json           what was done: configuration, model, versions, and what was said meanwhile; files that it
+                          lists and the next run does not write are removed
   work/                   trained models, replies and scores, by hash; a run that was killed goes on from there
 """
 
@@ -10,13 +11,15 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any
 
 from duet_jax._decode import encode as plain
+from duet_jax._decode import flat
 from duet_jax._files import alone, write
-from duet_jax.config import CurateConfig, TrainingConfig
+from duet_jax.config import CurateConfig
 from duet_jax.curation import (
     Bench,
     Curated,
@@ -31,6 +34,7 @@ from duet_jax.curation import (
 from duet_jax.curation.bench import Student
 from duet_jax.data import load_examples
 from duet_jax.display import Display
+from duet_jax.errors import StudyError
 from duet_jax.loading import load, load_all
 
 # By kind: the bench and the section of that name in, files out.
@@ -43,8 +47,6 @@ KINDS: dict[str, Callable[[Bench, Any], Curated]] = {
     "calibration": pruning.curate,
     "clear": clear.curate,
 }
-# Of a model that is taken as it is, nothing of its training is read but that adapters leave the base in memory.
-_UNTRAINED = TrainingConfig(learning_rate=1.0)
 
 
 def curate(config: CurateConfig, folder: Path, quiet: bool = False) -> Curated:
@@ -52,7 +54,7 @@ def curate(config: CurateConfig, folder: Path, quiet: bool = False) -> Curated:
 
     Raises:
       ConfigError, DataError, ModelError, FeedbackError: the first mistake found.
-      StudyError: another process curates into this folder.
+      StudyError: another process curates into this folder, or its curation.json is damaged.
     """
     folder.mkdir(parents=True, exist_ok=True)
     said: list[str] = []
@@ -66,6 +68,7 @@ def curate(config: CurateConfig, folder: Path, quiet: bool = False) -> Curated:
         found = KINDS[config.kind](bench, config.section)
         for name, content in found.files.items():
             write(folder / name, content)
+        _remove_stale(config, folder, found.files, say)
         say(f"{found.summary}; see {folder}")
         about = {
             "config": plain(config),
@@ -78,6 +81,27 @@ def curate(config: CurateConfig, folder: Path, quiet: bool = False) -> Curated:
     return found
 
 
+def _remove_stale(config: CurateConfig, folder: Path, new: Container[str], say: Callable[[str], None]) -> None:
+    """Removes what an earlier run wrote and this one did not, unless this one may have read it.
+
+    Raises:
+      StudyError: what the earlier run noted is damaged.
+    """
+    path = folder / "curation.json"
+    if not path.is_file():
+        return
+    try:
+        before = [str(name) for name in json.loads(path.read_text(encoding="utf-8"))["files"]]
+    except (ValueError, TypeError, KeyError):
+        raise StudyError(f"{path} is damaged; delete it, or give another folder.") from None
+    named = {os.path.abspath(value) for value in flat(plain(config)).values() if isinstance(value, str)}
+    for name in before:
+        stale = folder / Path(name).name
+        if name not in new and stale.is_file() and os.path.abspath(stale) not in named:
+            stale.unlink()
+            say(f"{stale}, which an earlier run wrote, is removed")
+
+
 def _bench(config: CurateConfig, work: Path, say: Callable[[str], None], display: Display) -> Bench:
     domains = load_all(config.data, config.seed)
     held_out = [example for domain in domains for example in domain.validation]
@@ -85,7 +109,7 @@ def _bench(config: CurateConfig, work: Path, say: Callable[[str], None], display
         held_out = [one for spec in config.calibration.held_out for one in load_examples(spec, seed=config.seed)]
     given = None
     if config.model is not None:
-        loaded = load(config.model, config.data, config.training or _UNTRAINED, domains, held_out, config.seed, say)
+        loaded = load(config.model, config.data, config.training, domains, held_out, config.seed, say)
         given = Student(
             engine=loaded.engine,
             trainer=loaded.trainer,

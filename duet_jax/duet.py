@@ -102,6 +102,10 @@ def ask(folder: Path) -> Trial:
     """Opens a new trial at the search's next mixture, for somebody else to train and tell.
 
     Mixtures of open trials are taken into account, so that several can be asked for at once.
+
+    Raises:
+      StudyError: there is no such study, or `search.repetition` needs numbers that only a run finds out.
+      DataError: a domain whose examples these numbers are cannot be loaded.
     """
     study = Study.open(folder)
     config = study.config

@@ -12,8 +12,8 @@ import numpy as np
 from duet_jax import models
 from duet_jax._search_config import configured
 from duet_jax.config import StudyConfig, TrainingConfig
-from duet_jax.data import Domain, Encoded, join
-from duet_jax.errors import DataError
+from duet_jax.data import Encoded, join
+from duet_jax.errors import DataError, StudyError
 from duet_jax.feedback import Coarse, Engine, Task
 from duet_jax.loading import Goal, check_layers, load, load_all, load_goal
 from duet_jax.recall import make_search
@@ -121,8 +121,8 @@ def prepare(
     """
     make_search(config)
     domains = load_all(config.data, config.seed)
-    sizes = _sizes(config, domains)
-    search = make_search(config, sizes)
+    # What even all examples are too few for is told before the model is loaded.
+    make_search(config, _sizes(config, [len(domain.train) for domain in domains]))
     unseen = read_task(config.task, config.seed, "task")
     selector, selections = config.selector, folder / "selections"
     goal = load_goal(selector, config.data.domains, domains, config.seed, selections)
@@ -144,6 +144,9 @@ def prepare(
                 f"domain '{domain.name}': the selector '{selector.kind}' leaves none of its {len(values)} examples to "
                 f"choose from; leave the domain out, or take another selector"
             )
+    # Which examples the selector leaves out is known only now.
+    sizes = _sizes(config, [int(np.count_nonzero(values > -np.inf)) for values in utilities])
+    search = make_search(config, sizes)
     reference = None
     if online is not None:
         pool = loaded.pool(Goal((), None), None, config.seed, say, on_progress)
@@ -168,17 +171,25 @@ def prepare(
 
 
 def domain_sizes(config: StudyConfig) -> dict[str, int]:
-    """Examples of each domain that may be chosen, by name, as `prepare` finds them.
+    """Examples of each domain by name, as `prepare` finds them where no example is left out because of its length.
 
     Raises:
+      StudyError: the selector may leave out some, which only a run finds out.
       DataError: a domain cannot be loaded.
     """
-    return _sizes(config, load_all(config.data, config.seed))
+    if config.selector.scores:
+        raise StudyError(
+            f"search.repetition counts the examples that the selector '{config.selector.kind}' leaves to choose from, "
+            f"which are not known before duet run has scored them; start that first, or take the selector 'random'."
+        )
+    return _sizes(config, [len(domain.train) for domain in load_all(config.data, config.seed)])
 
 
-def _sizes(config: StudyConfig, domains: Sequence[Domain]) -> dict[str, int]:
+def _sizes(config: StudyConfig, counts: Sequence[int]) -> dict[str, int]:
+    """Of so many examples of each domain those that the rule chooses from, by name."""
     rule, fraction = config.selector.rule, config.selector.fraction
-    return {domain.name: pool_size(len(domain.train), rule=rule, fraction=fraction) for domain in domains}
+    pairs = zip(config.data.domains, counts, strict=True)
+    return {domain.name: pool_size(count, rule=rule, fraction=fraction) for domain, count in pairs}
 
 
 def _searched_layers(config: StudyConfig) -> list[tuple[int, ...]]:

@@ -22,6 +22,9 @@ from duet_jax.models import llama
 from duet_jax.selection import Asked, Pool, load_utilities, score
 from duet_jax.training.sft import Trainer
 
+# Of a model that is taken as it is, nothing of its training is read but that adapters leave the base in memory.
+_UNTRAINED = TrainingConfig(learning_rate=1.0)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Goal:
@@ -183,7 +186,7 @@ def load_all(config: DataConfig, seed: int) -> list[Domain]:
 def load(
     config: ModelConfig,
     data: DataConfig,
-    training: TrainingConfig,
+    training: TrainingConfig | None,
     domains: list[Domain],
     others: Sequence[Example],
     seed: int,
@@ -194,7 +197,7 @@ def load(
     Args:
       config: of the model.
       data: how examples are cut.
-      training: of the model.
+      training: of the model; None: it is taken as it is.
       domains: as `load_all` read them.
       others: examples that the model will see besides; a model from scratch knows their characters.
       seed: of a model from scratch.
@@ -203,6 +206,7 @@ def load(
     Raises:
       ConfigError, DataError, ModelError: the first mistake found.
     """
+    training = training or _UNTRAINED
     if training.online is not None:
         raise ConfigError("training.online is of the rounds of a study; leave it out.")
     model = _load_model(config, data, training, domains, others, seed)

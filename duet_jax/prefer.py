@@ -3,7 +3,7 @@
 Written into a folder are
   config.yaml      the configuration; the folder takes no other one, but for more iterations of self-play
   metrics.jsonl    a line a training step and, with "split": "validation", one for the held-out pairs after each epoch;
-                   steps since the last checkpoint come by again after a crash, with the same numbers
+                   what is since the last checkpoint comes by again after a crash, with the same numbers
   results.json     what came out: of each iteration held-out pairs and beta_eff, versions, what was said meanwhile
   model/           the trained model as a Hugging Face folder, adapters merged
   work/            reference log-probabilities, replies and checkpoints; a run that was killed goes on from there
@@ -15,7 +15,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +29,7 @@ from duet_jax._decode import encode as plain
 from duet_jax._files import alone, append_lines, write
 from duet_jax.config import PreferenceConfig
 from duet_jax.data import Encoded
-from duet_jax.data.preferences import Pairs, join_pairs, load_pairs, pair
+from duet_jax.data.preferences import Pairs, differing, join_pairs, load_pairs, pair
 from duet_jax.display import Display
 from duet_jax.errors import DataError, ModelError, StudyError
 from duet_jax.feedback import Deployed
@@ -108,8 +108,9 @@ class _Job:
       folder: where everything is written.
       display, say: for progress, and for news.
       loaded: the model.
+      trainer: its training on pairs, compiled once for all iterations.
       chosen: training and held-out examples with the chosen responses.
-      rejected: the same with the rejected ones; None: they are sampled.
+      pairs: training and held-out pairs; None: rejected responses are sampled.
     """
 
     config: PreferenceConfig
@@ -117,8 +118,9 @@ class _Job:
     display: Display
     say: Callable[[str], None]
     loaded: Loaded
+    trainer: PreferenceTrainer
     chosen: tuple[Encoded, ...]
-    rejected: tuple[Encoded, ...] | None
+    pairs: tuple[Pairs, ...] | None
 
     def run(self) -> tuple[Deployed, list[dict[str, Any]]]:
         """All iterations, of which there is one without self-play: the trained model, and what came out of each."""
@@ -136,10 +138,10 @@ class _Job:
     def _model(self, state: TrainState) -> Deployed:
         return Deployed(self.loaded.engine, *self.loaded.trainer.deployable(state.trainable))
 
-    def _pairs(self, stand: _Stand, number: int) -> list[Pairs]:
+    def _pairs(self, stand: _Stand, number: int) -> Sequence[Pairs]:
         """Training and held-out pairs of an iteration."""
-        if self.rejected is not None:
-            return [pair(*both) for both in zip(self.chosen, self.rejected, strict=True)]
+        if self.pairs is not None:
+            return self.pairs
         found, spin = [], self.config.spin
         assert spin is not None
         for part, chosen in enumerate(self.chosen):
@@ -176,27 +178,31 @@ class _Job:
         reference = np.concatenate([self._reference(stand, part) for part in parts])
         held_out_reference = self._reference(stand, held_out)
         beta, size = effective_beta(config.loss, reference), float(np.abs(reference).mean())
+        cut = sum(pairs.both.cut)
         self.say(
-            f"{len(pairs)} pairs, {len(held_out)} held out; {config.loss.kind} with beta {config.loss.beta:g}, "
+            f"{len(pairs)} pairs, {len(held_out)} held out; {cut} of {2 * len(pairs)} responses are cut at "
+            f"{config.data.max_length} tokens; {config.loss.kind} with beta {config.loss.beta:g}, "
             f"which is {beta:.3g} a nat where |log pi_ref| is its mean, {size:.1f} nats"
         )
         place = f"iteration {number + 1}, " if config.spin else ""
         validated: dict[int, dict[str, float | None]] = {}
 
-        def validate(steps: int, state: TrainState) -> None:
+        def measured(state: TrainState) -> dict[str, float | None]:
+            rows = config.training.micro_batch_size or config.training.batch_size
+            log_probs = self._model(state).log_probs(held_out.both, rows).reshape(2, -1).T
+            return measure(config.loss, log_probs, held_out_reference, held_out.response_tokens)
+
+        def on_epoch(steps: int, state: TrainState) -> None:
             if len(held_out):
-                rows = config.training.micro_batch_size or config.training.batch_size
-                log_probs = self._model(state).log_probs(held_out.both, rows).reshape(2, -1).T
-                found = measure(config.loss, log_probs, held_out_reference, held_out.response_tokens)
-                validated[steps] = found
-                self._note({"iteration": number, "split": "validation", "step": steps, **found})
+                validated[steps] = measured(state)
+                self._note({"iteration": number, "split": "validation", "step": steps, **validated[steps]})
 
         def on_step(report: PairReport) -> None:
             self.display.work(f"{place}training", report.step, report.steps)
             row = dataclasses.asdict(report)
             self._note({"iteration": number, "split": "train", **row.pop("measured"), **row})
 
-        tuned = PreferenceTrainer(self.loaded.trainer, config.loss).fit(
+        tuned = self.trainer.fit(
             pairs,
             reference,
             stand.state,
@@ -204,18 +210,19 @@ class _Job:
             identity={"model": stand.identity},
             folder=self.folder / "work" / f"checkpoints-{number}",
             on_step=on_step,
-            on_epoch=validate,
+            on_epoch=on_epoch,
         )
         stand = self._after(stand, pairs, tuned)
-        if tuned.steps not in validated:
-            validate(tuned.steps, stand.state)
         found = validated.get(tuned.steps)
+        if found is None and len(held_out):
+            # An earlier run finished this training, and noted it.
+            found = measured(stand.state)
         if found is not None:
             self.say(f"{place}held-out pairs: {_words(found)}")
         return stand, {
             "pairs": len(pairs),
             "held_out": len(held_out),
-            "cut": sum(pairs.both.cut),
+            "cut": cut,
             "mean_reference": size,
             "beta_eff": beta,
             "steps": tuned.steps,
@@ -242,13 +249,26 @@ def _prepare(config: PreferenceConfig, folder: Path, display: Display, say: Call
         (train, loaded.encode(domain.validation, f"{domain.name} (validation)"))
         for domain, train in zip(domains, loaded.train, strict=True)
     )
-    rejected = others[0] if others else None
-    if rejected is not None and not len(pair(chosen[0], rejected[0])):
-        raise DataError(f"domain 'pairs': no pair is left within max_length {config.data.max_length}; raise it.")
+    pairs = None if not others else _usable(chosen, others[0], config.data.max_length, say)
     if config.spin is not None:
         for part in chosen:
             check_prompts(loaded.engine, part, config.spin)
-    return _Job(config, folder, display, say, loaded, chosen, rejected)
+    trainer = PreferenceTrainer(loaded.trainer, config.loss)
+    return _Job(config, folder, display, say, loaded, trainer, chosen, pairs)
+
+
+def _usable(
+    chosen: tuple[Encoded, ...], rejected: tuple[Encoded, ...], max_length: int, say: Callable[[str], None]
+) -> tuple[Pairs, ...]:
+    """Training and held-out pairs without those whose responses are the same; how many these are is said."""
+    whole = [pair(*both) for both in zip(chosen, rejected, strict=True)]
+    found = tuple(differing(pairs) for pairs in whole)
+    if same := sum(map(len, whole)) - sum(map(len, found)):
+        say(f"{same} pairs are left out, whose two responses are the same within max_length {max_length}")
+    if not len(found[0]):
+        reason = f"no pair of different responses is left within max_length {max_length}; raise it."
+        raise DataError(f"domain 'pairs': {reason}")
+    return found
 
 
 def _words(found: dict[str, float | None]) -> str:

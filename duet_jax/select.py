@@ -101,7 +101,7 @@ def _load(
 ) -> tuple[Loaded | None, Evaluation | None]:
     """The model and the evaluation, where they are wanted; all that can be wrong with the task is told here."""
     unseen = None if config.evaluate is None else read_task(config.evaluate, config.seed, "evaluate")
-    if config.model is None or config.training is None or not (config.selector.scores or unseen):
+    if config.model is None or not (config.selector.scores or unseen):
         return None, None
     others = [example for _, examples in goal.targets for example in examples]
     others += [] if unseen is None else unseen.texts

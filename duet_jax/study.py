@@ -331,7 +331,7 @@ class Study:
             raise StudyError(f"{path} is damaged; restore it from a copy of the study.") from None
 
     def note_sizes(self, sizes: Mapping[str, int]) -> None:
-        """Keeps the domains' numbers of examples, on which the search depends.
+        """Keeps how many examples of each domain there are to choose from, on which the search depends.
 
         Raises:
           StudyError: they have been others, of which the first is named.
@@ -344,8 +344,8 @@ class Study:
         for name, count in known.items():
             if count != sizes[name]:
                 raise StudyError(
-                    f"The domain {name} has {sizes[name]} examples, but had {count} when the study in {self.folder} "
-                    f"began; restore its data, or start a new study."
+                    f"The domain {name} has {sizes[name]} examples to choose from, but had {count} when the study in "
+                    f"{self.folder} began; restore its data, or start a new study."
                 )
 
     def append_metrics(self, rows: Sequence[Mapping[str, Any]]) -> None:

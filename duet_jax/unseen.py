@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -67,8 +68,8 @@ class Unseen:
     def identity(self, task: Task) -> list[Any]:
         """What decides a model's score, as values of JSON.
 
-        A function and a reward are known by the text of their modules; what a command does, and a benchmark's own
-        files, only by their names.
+        A function and a reward are known by the text of their modules. Files that a command names, and a benchmark that
+        is one, are known by their contents; what they read in turn, only by its name.
 
         Args:
           task: what `build` made.
@@ -79,7 +80,15 @@ class Unseen:
         read = json.dumps([dataclasses.astuple(example) for example in self.examples], default=as_json, sort_keys=True)
         reward = task.reward.identity if isinstance(task, Rewarded) else None
         source = None if self.function is None else source_of(self.function)
-        return [plain(self.config), hashlib.sha256(read.encode()).hexdigest(), reward, source]
+        named = [*self.config.command, *([] if self.config.benchmark is None else [self.config.benchmark])]
+        files = [_content(word) for word in named if os.path.isfile(word)]
+        return [plain(self.config), hashlib.sha256(read.encode()).hexdigest(), reward, source, files]
+
+
+def _content(path: str) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_task(config: TaskConfig, seed: int, place: str) -> Unseen:

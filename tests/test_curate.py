@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import yaml
 from duet_jax import cli
 from duet_jax import config as configs
 from duet_jax.config import DomainConfig, SearchConfig
+from duet_jax.curation import self_guide
 from duet_jax.data import load_examples
 from duet_jax.feedback import Deployed
 from duet_jax.training.sft import Trainer
@@ -136,6 +138,12 @@ def test_hard_examples_become_requests_and_answers_data(
     for rows in ([{"id": "y", "prompt": "e", "response": "E"}], answers[:1] * 2, [{"id": first, "prompt": "e"}]):
         write_rows(tmp_path / "answers.jsonl", rows)
         assert run(tmp_path, given, f"hard_examples.answers={path}") == 2
+    # A run without answers leaves none of those that an earlier one added, and nothing that is not ours is touched.
+    (out / "mine.txt").write_text("mine")
+    assert (out / "grown.jsonl").exists() and run(tmp_path, given) == 0
+    assert not (out / "grown.jsonl").exists() and (out / "mine.txt").exists() and (out / "requests.jsonl").exists()
+    (out / "curation.json").write_text("{}")
+    assert run(tmp_path, given) == 2
 
 
 @pytest.mark.skipif(not STORIES.is_dir(), reason="needs ../shared/models/stories260K")
@@ -179,6 +187,41 @@ def test_a_model_writes_its_own_examples(
     assert before == [(out / name).read_bytes() for name in ("synthetic.jsonl", "dropped.jsonl")]
     assert run(tmp_path, given, "data.max_length=32", "data.buckets=[32]") == 2
     assert "with 2 demonstrations and an input is longer than data.max_length (32" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not STORIES.is_dir(), reason="needs ../shared/models/stories260K")
+def test_demonstrations_that_the_model_wrote_too_long_are_left_out(tmp_path: Path, given: dict[str, Any]) -> None:
+    del given["hard_examples"]
+    given |= {
+        "kind": "self_guide",
+        "model": {"source": str(STORIES)},
+        "self_guide": {
+            "instruction": "Go on.",
+            "count": 12,
+            "attempts": 12,
+            "demonstrations": 6,
+            "max_input_tokens": 48,
+            "max_output_tokens": 2,
+            "batch_size": 4,
+        },
+    }
+    # Six of these short inputs fit, and no six inputs of 48 tokens.
+    given["data"] |= {"max_length": 200, "buckets": [200]}
+    rows = [{"prompt": text, "response": "b"} for text in "abcdef"]
+    given["data"]["domains"][0]["source"] = write_rows(tmp_path / "s.jsonl", rows)
+    lengths: list[int] = []
+    made = self_guide.input_prompt
+
+    def input_prompt(instruction: str, inputs: Iterable[str]) -> str:
+        lengths.append(len(list(inputs)))
+        return made(instruction, inputs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(self_guide, "input_prompt", input_prompt)
+        assert run(tmp_path, given) == 0
+    # The first batch shows six given inputs; later ones have prompts that are tried again with fewer.
+    assert lengths[:4] == [6] * 4 and min(lengths) < 6
+    assert read(tmp_path / "out", "synthetic.jsonl") or read(tmp_path / "out", "dropped.jsonl")
 
 
 def test_support_splits_the_data(tmp_path: Path, given: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -313,6 +313,11 @@ def test_identities_follow_what_decides_scores(tmp_path: Path, monkeypatch: pyte
         Path(f"own{number}.py").write_text(f"def f(*_):\n    return 0.{number}\n")
     sources = [identity(kind="python", function=f"own{number}:f")[3] for number in range(2)]
     assert None not in sources and sources[0] != sources[1]
+    commands = []
+    for text in ("echo 1", "echo 2"):
+        Path("score.sh").write_text(text)
+        commands.append(identity(kind="command", command=["sh", "score.sh", "{model}"]))
+    assert commands[0][:4] == commands[1][:4] and commands[0] != commands[1]
     rewarded = exact | {"kind": "reward", "reward": {"kind": "python", "function": "own0:f", "needs_label": False}}
     _, parts = identity(kind="sum", tasks=[{"weight": 1.0, "task": rewarded}])
     assert parts == [identity(**rewarded)] and parts[0][2].startswith("python own0:f") and sources[0] in parts[0][2]

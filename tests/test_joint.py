@@ -324,5 +324,15 @@ def test_a_run_and_an_ask_limit_repetition_alike(tmp_path: Path, monkeypatch: py
         duet.ask(study.folder)
     assert searches == [job.search] * 2 and study.sizes() == job.sizes
     study.note_sizes(job.sizes)
+    path = tmp_path / "some"
+    path.mkdir()
+    selector = {"kind": "near_duplicates", "threshold": 0.5}
+    leaving = study_config(data=configs.encode(config)["data"], search=search, selector=selector)
+    with pytest.raises(StudyError, match="the selector 'near_duplicates' leaves to choose from, which are not known"):
+        duet.ask(Study.create(path / "s", leaving).folder)
+    job = prepare(leaving, path, lambda _: None)
+    left = {name: int(np.sum(values > -np.inf)) for name, values in zip(job.names, job.utilities, strict=True)}
+    assert job.sizes == left and left["a"] < 36
+    assert job.search.constraints.maximum[0] == min(1.0, 1.5 * left["a"] / 96)
     with pytest.raises(ConfigError, match="0.1 epochs of 306 examples are less than the budget, 96"):
         prepare(study_config(data=configs.encode(config)["data"], search={"repetition": 0.1}), tmp_path, lambda _: None)

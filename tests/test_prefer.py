@@ -7,16 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import filelock
+import jax
 import numpy as np
 import pytest
 import yaml
 
-from duet_jax import cli, models
+from duet_jax import cli, models, prefer
 from duet_jax import config as configs
 from duet_jax.config import PairsConfig
 from duet_jax.data import Encoded
-from duet_jax.data.preferences import load_pairs, pair
+from duet_jax.data.preferences import Pairs, differing, load_pairs, pair
 from duet_jax.training.preference_trainer import PairReport, PreferenceTrainer
+from duet_jax.training.sft import Trainer
 
 MODEL = {"scratch": {"hidden_size": 16, "intermediate_size": 24, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1}}
 TRAINING = {"learning_rate": 0.03, "batch_size": 8, "epochs": 2, "checkpoint_every": 2, "lora": {"rank": 4}}
@@ -48,6 +50,10 @@ def run(tmp_path: Path, tree: dict[str, Any], *words: str, output: str = "out") 
 
 def results(tmp_path: Path, output: str = "out") -> dict[str, Any]:
     return json.loads((tmp_path / output / "results.json").read_text())
+
+
+def noted(tmp_path: Path, output: str = "out") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (tmp_path / output / "metrics.jsonl").read_text().splitlines()]
 
 
 def weights(tmp_path: Path, output: str) -> bytes:
@@ -82,13 +88,16 @@ def test_a_training_and_one_that_was_killed(
     (found,) = results(tmp_path)["iterations"]
     assert (found["pairs"], found["held_out"], found["steps"], found["beta_eff"]) == (32, 8, 8, 0.5)
     assert found["validation"]["accuracy"] > 0.8 and found["validation"]["loss"] < 0.6
-    rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    rows = noted(tmp_path)
     steps = [row for row in rows if row["split"] == "train"]
     assert [row["step"] for row in steps] == list(range(1, 9))
     assert steps[0]["loss"] == pytest.approx(np.log(2), abs=1e-3) and steps[0]["margin"] == pytest.approx(0, abs=1e-3)
     assert [row["step"] for row in rows if row["split"] == "validation"] == [4, 8]
     model = models.load(tmp_path / "out" / "model")
     assert model.config.num_layers == 1
+    # Another run measures again what was found, and notes nothing twice.
+    assert run(tmp_path, given) == 0
+    assert noted(tmp_path) == rows and results(tmp_path)["iterations"][0]["validation"] == found["validation"]
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         killed_at(patch, 5)
@@ -135,6 +144,91 @@ def test_self_play_goes_on_where_it_was_killed_and_takes_more_iterations(
     assert results(tmp_path)["iterations"] == [first | {"seconds": results(tmp_path)["iterations"][0]["seconds"]}]
 
 
+def test_each_iteration_of_self_play_begins_where_the_one_before_ended(
+    tmp_path: Path, given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writers: list[list[np.ndarray]] = []
+    references: list[list[np.ndarray]] = []
+    compiled: list[int] = [0]
+    done: list[int] = []
+
+    def factors(lora: Any) -> list[np.ndarray]:
+        return [np.asarray(x) for x in jax.tree.leaves(lora.factors)]
+
+    def replies(model: Any, *more: Any, **named: Any) -> Any:
+        writers.append(factors(model.lora))
+        return written(model, *more, **named)
+
+    def losses(pool: Any, data: Any, params: Any, lora: Any, *more: Any) -> Any:
+        references.append(factors(lora))
+        return scored(pool, data, params, lora, *more)
+
+    def iteration(*arguments: Any) -> Any:
+        found = iterate(*arguments)
+        done.append(compiled[0])
+        return found
+
+    def listen(event: str, *_: Any, **__: Any) -> None:
+        compiled[0] += event == "/jax/core/compile/backend_compile_duration"
+
+    written, scored, iterate = prefer.replies, prefer.losses, prefer._Job._iteration
+    monkeypatch.setattr(prefer, "replies", replies)
+    monkeypatch.setattr(prefer, "losses", losses)
+    monkeypatch.setattr(prefer._Job, "_iteration", iteration)
+    given["data"]["rejected"] = None
+    given |= {"spin": {"iterations": 2, "max_new_tokens": 5, "batch_size": 4}}
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        assert run(tmp_path, given) == 0
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    # The second iteration finds all its programs compiled.
+    assert done[0] > 0 and done[1] == done[0]
+    # Training and held-out prompts are replied to; of the second iteration, the first one's pairs come by again.
+    assert (len(writers), len(references)) == (4, 4 + 6)
+    for one, (own, others) in enumerate(((writers[:2], references[:4]), (writers[2:], references[4:]))):
+        for found in (*own, *others):
+            assert all(np.array_equal(x, y) for x, y in zip(found, writers[2 * one], strict=True))
+    assert not all(np.array_equal(x, y) for x, y in zip(writers[0], writers[2], strict=True))
+    for number in range(2):
+        first = next(row for row in noted(tmp_path) if (row["iteration"], row["split"]) == (number, "train"))
+        assert first["loss"] == pytest.approx(np.log(2), abs=1e-3) and first["margin"] == pytest.approx(0, abs=1e-3)
+
+
+def test_a_restored_state_takes_the_place_of_the_first_one(
+    tmp_path: Path, given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["training.method=full", "training.epochs=1"]
+    assert run(tmp_path, given, *words) == 0
+    started: list[Any] = []
+    start = Trainer.start
+
+    def starting(self: Trainer, key: jax.Array) -> Any:
+        started.append(start(self, key))
+        return started[-1]
+
+    monkeypatch.setattr(Trainer, "start", starting)
+    assert run(tmp_path, given, *words) == 0
+    assert len(started) == 1 and all(x.is_deleted() for x in jax.tree.leaves(started))
+
+
+def test_pairs_that_are_the_same_when_they_are_cut_are_left_out(tmp_path: Path, given: dict[str, Any]) -> None:
+    rows = [json.loads(line) for line in Path(given["data"]["source"]).read_text().splitlines()]
+    for number in range(3):
+        rows[number] |= {"chosen": "a" * 20, "rejected": "a" * 30}
+    given["data"] |= {"source": write_rows(tmp_path / "same.jsonl", rows), "validation_fraction": 0}
+    assert run(tmp_path, given, "training.epochs=1") == 0
+    about = results(tmp_path)
+    assert (about["iterations"][0]["pairs"], about["iterations"][0]["validation"]) == (37, None)
+    assert "3 pairs are left out, whose two responses are the same within max_length 12" in about["log"]
+    rows[5]["chosen"] = "b" * 20
+    write_rows(tmp_path / "same.jsonl", rows)
+    assert run(tmp_path, given, "training.epochs=1", output="cut") == 0
+    assert any("1 of 74 responses are cut at 12 tokens" in line for line in results(tmp_path, "cut")["log"])
+    write_rows(tmp_path / "same.jsonl", rows[:3])
+    assert run(tmp_path, given, output="none") == 2
+
+
 def test_pairs_of_whole_conversations(tmp_path: Path) -> None:
     def turns(reply: str, asked: str = "u") -> list[dict[str, str]]:
         return [{"role": "user", "content": asked}, {"role": "assistant", "content": reply}]
@@ -153,10 +247,45 @@ def test_held_out_pairs_of_another_file(tmp_path: Path) -> None:
         rows = [{"id": f"{name}{i}", "prompt": "p", "chosen": "yes", "rejected": "no"} for i in range(count)]
         return write_rows(tmp_path / f"{name}.jsonl", rows)
 
-    sources = {"source": file("a", 9), "validation": file("b", 7)}
-    chosen, rejected = load_pairs(PairsConfig(**sources, max_examples=4, validation_examples=5), 0)
-    assert len(chosen.train) == 4 and all(example.id.startswith("a") for example in chosen.train)
-    assert [example.id for example in rejected.validation] == [f"b{i}" for i in range(5)]
+    sources = {"source": file("a", 9), "validation": file("b", 20)}
+    drawn = []
+    for seed in (0, 1):
+        chosen, rejected = load_pairs(PairsConfig(**sources, max_examples=4, validation_examples=5), seed)
+        assert len(chosen.train) == 4 and all(example.id.startswith("a") for example in chosen.train)
+        drawn.append([example.id for example in rejected.validation])
+        assert drawn[-1] == [example.id for example in chosen.validation] and len(drawn[-1]) == 5
+    # A random sample, and another one for another seed.
+    assert drawn[0] != drawn[1] and [f"b{i}" for i in range(5)] not in drawn
+    assert not load_pairs(PairsConfig(**sources, validation_examples=0), 0)[0].validation
+
+
+@pytest.mark.parametrize(("most", "held_out"), [(256, 10), (4, 4), (0, 0)])
+def test_what_is_not_held_out_is_trained_on(tmp_path: Path, most: int, held_out: int) -> None:
+    rows = [{"id": str(i), "prompt": "p", "chosen": "yes", "rejected": "no"} for i in range(20)]
+    source = write_rows(tmp_path / "p.jsonl", rows)
+    config = PairsConfig(source=source, validation_fraction=0.5, validation_examples=most)
+    chosen, rejected = load_pairs(config, 0)
+    assert (len(chosen.train), len(chosen.validation)) == (20 - held_out, held_out)
+    assert [e.id for e in chosen.validation] == [e.id for e in rejected.validation]
+
+
+def test_a_split_for_what_is_trained_on_and_one_for_what_is_held_out(tmp_path: Path) -> None:
+    for split in ("train", "test", "dev"):
+        rows = [{"id": f"{split}{i}", "prompt": "p", "chosen": "yes", "rejected": "no"} for i in range(2)]
+        write_rows(tmp_path / f"{split}.jsonl", rows)
+    for more, held_out in (({}, "test"), ({"validation_split": "dev"}, "dev")):
+        chosen, _ = load_pairs(PairsConfig(source=str(tmp_path), validation=str(tmp_path), **more), 0)
+        assert [e.id for e in chosen.train] == ["train0", "train1"]
+        assert [e.id for e in chosen.validation] == [f"{held_out}0", f"{held_out}1"]
+
+
+def test_pairs_of_different_responses() -> None:
+    def side(*words: str) -> Encoded:
+        tokens = tuple(np.array([*map(ord, word)], np.int32) for word in words)
+        return Encoded(tokens, np.ones(len(words), np.int32), tuple("abcd"), (False,) * len(words))
+
+    found = differing(Pairs(side("xy", "xyz", "xy", "xyz"), side("xy", "xy", "xz", "xyz")))
+    assert found.chosen.ids == found.rejected.ids == ("b", "c")
 
 
 def test_pairs_keep_what_both_responses_have() -> None:
@@ -175,6 +304,7 @@ def test_pairs_keep_what_both_responses_have() -> None:
         (["data.rejected=null"], "data.rejected is null; name the column, or give spin for the model's own replies."),
         (["spin={}"], "data.rejected is a column, but self-play samples the rejected responses; set it to null"),
         (["data.rejected=worse"], "has no column 'worse' (mapped as the response); its columns are chosen, id"),
+        (["data.validation_split=dev"], "data.validation_split has no meaning without validation; leave it out"),
         (["data.buckets=[8]"], "data.buckets is [8]; it must be a list that ends with max_length (12)."),
         (["data.max_examples=0"], "data.max_examples is 0; it must be at least 1."),
         (["data.rejected=chosen"], "data.rejected is 'chosen'; it must be another column than chosen."),

@@ -128,6 +128,32 @@ def test_conversations_stay_conversations(tmp_path: Path, given: dict[str, Any])
         (["mixture={a: -1}"], "mixture.a is -1; it must be a number that is not negative."),
         (["mixture={a: 0}"], "mixture is {'a': 0}; it must be positive somewhere."),
         (["mixture={a: 1}", "pooled=true"], "pooled is true, but there is a mixture; leave one of them out"),
+        (
+            ["selector={kind: k_center}", "pooled=true"],
+            "pooled is true, but the selector 'k_center' searches each domain by itself; leave it out.",
+        ),
+        (
+            ["selector={kind: davir, reference: m, warmup_epochs: 2}"],
+            "selector.warmup_epochs has no meaning with a reference that is trained already; leave one out.",
+        ),
+        (
+            ["selector={kind: rho, reference: m, warmup_examples: 2}"],
+            "selector.warmup_examples has no meaning with a reference that is trained already",
+        ),
+        (
+            ["selector={kind: rho, reference: m, targets: [{name: t, source: x}]}"],
+            "selector.targets has no meaning with a reference that is trained already",
+        ),
+        (["selector={kind: length}"], "model is missing; the selector 'length' needs it."),
+        (["selector={kind: el2n}", "model={scratch: {}}"], "training is missing; the selector 'el2n' needs it."),
+        (
+            [
+                "selector={kind: length}",
+                "model={scratch: {}}",
+                "evaluate={kind: exact_match, source: x}",
+            ],
+            "training is missing; an evaluation needs it.",
+        ),
         (["selector={kind: less}"], "model is missing; the selector 'less' needs it."),
         (["selector={kind: less, damping: 1}"], "selector.damping has no meaning for a selector of kind 'less'"),
         (["selector={kind: influence, k: 64}"], "selector.k has no meaning for a selector of kind 'influence'"),
@@ -197,6 +223,19 @@ def test_a_selection_by_gradients_and_again(
     # Another count and rule need no new scores.
     assert run(tmp_path, tree, "count=20", "selector.rule=weighted") == 0
     assert table(tmp_path)["utility"] == first["utility"] and sum(table(tmp_path)["selected"]) == 20
+
+
+def test_what_trains_nothing_needs_no_training(
+    tmp_path: Path, given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given |= {"model": {"scratch": SMALL}, "selector": {"kind": "loss_band", "low": 0, "high": 0.5, "rule": "top_k"}}
+    given["data"] |= {"max_length": 10, "buckets": [10]}
+    assert run(tmp_path, given) == 0
+    first = table(tmp_path)["utility"]
+    # Nor do its scores depend on one.
+    monkeypatch.setattr("duet_jax.selection.scoring.SELECTORS", {})
+    assert run(tmp_path, given, "training={learning_rate: 0.5, epochs: 3}") == 0
+    assert table(tmp_path)["utility"] == first
 
 
 @pytest.mark.slow

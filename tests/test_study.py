@@ -171,7 +171,9 @@ def test_sizes_are_noted_once(study: Study) -> None:
     study.note_sizes({"a": 7, "b": 9})
     study.note_sizes({"b": 9, "a": 7})
     assert Study.open(study.folder).sizes() == {"a": 7, "b": 9}
-    with pytest.raises(StudyError, match="The domain b has 8 examples, but had 9 when the study in .* began; restore"):
+    with pytest.raises(
+        StudyError, match="The domain b has 8 examples to choose from, but had 9 when the study in .* began; restore"
+    ):
         study.note_sizes({"a": 7, "b": 8})
     (study.folder / "sizes.json").write_text('{"a": 7}')
     with pytest.raises(StudyError, match=r"sizes.json is damaged; restore it from a copy"):

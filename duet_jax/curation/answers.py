@@ -14,6 +14,7 @@ from duet_jax.curation.asking import confidence
 from duet_jax.curation.parts import Progress, in_parts
 from duet_jax.curation.respondent import Respondent
 from duet_jax.data import Example
+from duet_jax.errors import DataError
 
 
 class Answers(NamedTuple):
@@ -21,7 +22,8 @@ class Answers(NamedTuple):
 
     Attributes:
       texts: n of them.
-      confidence: float64 `[n]` in [0, 1]; 0 for an empty answer.
+      confidence: float64 `[n]` in [0, 1]; 0 for an empty answer, and for one of which no confidence can be had (see
+        `asking.Confidence`), so that the model abstains.
     """
 
     texts: tuple[str, ...]
@@ -35,20 +37,31 @@ class Answers(NamedTuple):
 def propose(
     respondent: Respondent,
     examples: Sequence[Example],
+    config: ConfidenceConfig,
     folder: Path,
     on_progress: Progress = lambda name, done, of: None,
 ) -> list[str]:
     """A model's greedy answers to prompts as they are, without white space around them; kept in `folder` in parts.
 
+    An answer ends after `config.max_new_tokens` tokens at the latest.
+
     Raises:
-      DataError: a prompt and an answer are longer than the model takes.
+      DataError: a prompt and an answer are longer than the model takes; before anything is computed.
     """
     sizes = respondent.sizes(examples)
-    respondent.check(examples, writes=True)
-    identity = [respondent.identity, respondent.writing, [example.prompt for example in examples]]
+    for example, size in zip(examples, sizes, strict=True):
+        if size + config.max_new_tokens > respondent.longest:
+            raise DataError(
+                f"example '{example.id}': its prompt of {size} tokens and an answer of up to {config.max_new_tokens} "
+                f"are more than the {respondent.longest} tokens that the model takes; leave it out, or lower "
+                f"max_new_tokens."
+            )
+    stop = config.stop
+    identity = [respondent.identity, config.max_new_tokens, list(stop), [example.prompt for example in examples]]
 
     def compute(rows: list[int]) -> list[str]:
-        return [texts[0].strip() for texts in respondent.answers([examples[row] for row in rows], 0)]
+        found = respondent.answers([examples[row] for row in rows], 0, config.max_new_tokens, stop)
+        return [replies[0].text.strip() for replies in found]
 
     return in_parts(folder, "answers", identity, sizes, compute, on_progress)
 
@@ -65,9 +78,10 @@ def answer(
     Raises:
       DuetError: as `propose` and `asking.confidence`.
     """
-    texts = propose(respondent, examples, folder, on_progress)
+    texts = propose(respondent, examples, config, folder, on_progress)
     said = [dataclasses.replace(e, response=text) for e, text in zip(examples, texts, strict=True) if text]
     found = np.zeros(len(texts))
     if said:
-        found[[bool(text) for text in texts]] = confidence(respondent, said, config, folder, on_progress).value
+        value = confidence(respondent, said, config, folder, on_progress).value
+        found[[bool(text) for text in texts]] = np.nan_to_num(value, nan=0.0)
     return Answers(tuple(texts), found)

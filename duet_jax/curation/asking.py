@@ -23,11 +23,14 @@ from duet_jax.curation.confidence import (
     same_answer,
     similarity,
 )
-from duet_jax.curation.contradiction import Contradiction, Pair, build_contradiction
+from duet_jax.curation.contradiction import Contradiction, Pair, build_contradiction, question
 from duet_jax.curation.parts import Progress, in_parts
-from duet_jax.curation.respondent import Respondent
+from duet_jax.curation.respondent import CHUNK, Respondent, fits
 from duet_jax.data import Example
 from duet_jax.errors import DataError
+
+# Ids that are named where something is told of many.
+FEW = 3
 
 
 class Confidence(NamedTuple):
@@ -40,7 +43,9 @@ class Confidence(NamedTuple):
       tokens: float64 `[n]`, that it is the sum over.
       similarities, matches: float64 `[n, samples]`, of the target with each sample.
       options: float64 `[n, templates, 3]`, probabilities of correct, incorrect and not sure.
-      samples: `[n][samples]`, the answers.
+      samples: `[n][samples]`, the answers; none of an example that was not asked about.
+      asked: bool `[n]`, whether all questions about an example fit the model's context; where not, nothing was asked,
+        and every number is NaN.
     """
 
     value: np.ndarray
@@ -54,6 +59,7 @@ class Confidence(NamedTuple):
     matches: np.ndarray
     options: np.ndarray
     samples: tuple[tuple[str, ...], ...]
+    asked: np.ndarray
 
 
 def confidence(
@@ -76,18 +82,97 @@ def confidence(
 
     Raises:
       ConfigError, ModelError: the function or classifier of contradictions cannot be had.
-      DataError: an example has no response, or is longer than the model takes; before anything is computed, but for
-        pairs of answers whose tokens are more than those of both.
+      DataError: an example has no response, or no example fits the model's context; before anything is computed.
       FeedbackError: contradictions cannot be computed.
     """
     contradiction = build_contradiction(config, respondent)
-    _check(respondent, examples, config, contradiction)
+    empty = next((example.id for example in examples if not example.response), None)
+    if empty is not None:
+        raise DataError(f"example '{empty}' has no response to be confident in; leave it out, or name its column.")
+    asked = askable(respondent, examples, config)
+    if not asked.any():
+        raise DataError(
+            f"no question about any of {len(examples)} examples, such as '{examples[0].id}', fits into the "
+            f"{respondent.longest} tokens that the model takes, with room for what it writes; shorten the templates of "
+            f"the confidence, or lower its max_new_tokens."
+        )
+    chosen = [example for example, there in zip(examples, asked, strict=True) if there]
+    found = _asked(respondent, chosen, config, contradiction, folder, on_progress)
+    whole: dict[str, Any] = {}
+    for name, values in found._asdict().items():
+        if isinstance(values, np.ndarray):
+            whole[name] = np.full((len(examples), *values.shape[1:]), np.nan)
+            whole[name][asked] = values
+    own = iter(found.samples)
+    whole |= {"samples": tuple(next(own) if there else () for there in asked), "asked": asked}
+    return Confidence(**whole)
+
+
+def askable(respondent: Respondent, examples: Sequence[Example], config: ConfidenceConfig, more: int = 0) -> np.ndarray:
+    """Whether all questions about each example fit the model's context, bool `[n]`.
+
+    Answers that are still to be sampled are taken to be as long as they may be; a pair with one that has more tokens
+    beside the other has no probability of contradiction.
+
+    Args:
+      respondent: the model.
+      examples: n of them.
+      config: what is asked.
+      more: tokens that each question is still to grow by.
+    """
+
+    def some(examples: Sequence[Example]) -> np.ndarray:
+        found = np.ones(len(examples), bool)
+        if config.weights["reflection"]:
+            room = config.reflection_max_new_tokens if config.reflection == "text" else 0
+            asked = [one for example in examples for one in reflection.questions(example, config)]
+            found &= fits(respondent, asked, room + more).reshape(len(examples), -1).all(axis=1)
+        if config.samples and config.beta:
+            prompts = [dressed(example, config.sample_template) for example in examples]
+            found &= fits(respondent, prompts, config.max_new_tokens + more)
+            if config.contradiction == "judge" and config.alpha:
+                pairs = [Pair(example, row, example.response, "") for row, example in enumerate(examples)]
+                asked = [question(pair, config.pair_template) for pair in pairs]
+                found &= fits(respondent, asked, config.max_new_tokens + more)
+        return found
+
+    # In chunks, for all questions about all examples are many times their texts.
+    parts = [some(examples[at : at + CHUNK]) for at in range(0, len(examples), CHUNK)]
+    return np.concatenate([np.ones(0, bool), *parts])
+
+
+def summary(examples: Sequence[Example], found: Confidence) -> str:
+    """Means of the confidence and its parts, and of how many examples there is none, for people."""
+    names = ("value", "similarity", "match", "reflection", "likelihood")
+    means = {name: float(known_mean(getattr(found, name))) for name in names}
+    parts = [", ".join(f"{name} {mean:.3g}" for name, mean in means.items() if not np.isnan(mean)) or "none can be had"]
+    if unknown := int(np.isnan(found.value).sum()):
+        parts.append(f"{unknown} of {len(examples)} examples have none and are left out")
+    if long := [example.id for example, asked in zip(examples, found.asked, strict=True) if not asked]:
+        parts.append(f"{len(long)} are longer than the model takes with the questions ({first_of(long)})")
+    return f"means of the confidence and its parts: {'; '.join(parts)}"
+
+
+def first_of(ids: Sequence[str]) -> str:
+    """The first few of some ids, for people."""
+    return ", ".join(map(repr, ids[:FEW])) + (", ..." if len(ids) > FEW else "")
+
+
+def _asked(
+    respondent: Respondent,
+    examples: Sequence[Example],
+    config: ConfidenceConfig,
+    contradiction: Contradiction,
+    folder: Path,
+    on_progress: Progress,
+) -> Confidence:
+    """`confidence` of examples whose questions fit."""
     sizes = respondent.sizes(examples)
     count = len(examples)
     weights = config.weights
+    texts = [[example.prompt, example.response] for example in examples]
 
-    def stage(name: str, identity: Any, compute: Any) -> list[Any]:
-        texts = [[example.prompt, example.response] for example in examples]
+    def stage(name: str, identity: Any, compute: Any, texts: Any = texts) -> list[Any]:
         return in_parts(folder, name, [identity, respondent.identity, texts], sizes, compute, on_progress)
 
     likelihoods = np.array(
@@ -95,7 +180,7 @@ def confidence(
     )
     options = np.full((count, len(config.reflection_templates), 3), np.nan)
     if weights["reflection"]:
-        written = respondent.writing if config.reflection == "text" else None
+        written = config.reflection_max_new_tokens if config.reflection == "text" else None
         asked = [config.reflection, list(config.reflection_templates), written]
         options[:] = stage(
             "reflection",
@@ -105,15 +190,21 @@ def confidence(
     samples: list[list[str]] = [[] for _ in examples]
     if config.samples and config.beta:
         prompts = [dressed(example, config.sample_template) for example in examples]
-        asked = [config.samples, config.sample_template, respondent.writing]
-        samples = stage(
-            "samples", asked, lambda rows: respondent.answers([prompts[row] for row in rows], config.samples)
-        )
+        limits = [config.samples, config.max_new_tokens, list(config.stop), respondent.writing]
+
+        def sample(rows: list[int]) -> list[list[str]]:
+            some = [prompts[row] for row in rows]
+            found = respondent.answers(some, config.samples, config.max_new_tokens, config.stop)
+            return [[reply.text for reply in own] for own in found]
+
+        # Of the prompts alone, so that another response is compared with the same samples.
+        samples = stage("samples", limits, sample, [prompt.prompt for prompt in prompts])
     similarities = np.full((count, len(samples[0])), np.nan)
     if len(samples[0]) and config.alpha:
-        asked = [contradiction.identity, samples]
         similarities[:] = stage(
-            "contradiction", asked, lambda rows: _similarities(contradiction, rows, examples, samples)
+            "contradiction",
+            [contradiction.identity, samples],
+            lambda rows: _similarities(contradiction, rows, examples, samples),
         )
     matches = np.array([_matches(*pair) for pair in zip(examples, samples, strict=True)]).reshape(similarities.shape)
     log_prob, tokens = likelihoods.T
@@ -132,12 +223,14 @@ def confidence(
         matches=matches,
         options=options,
         samples=tuple(map(tuple, samples)),
+        asked=np.ones(count, bool),
     )
 
 
 def dressed(example: Example, template: str) -> Example:
     """The example with the template around its prompt, or around the last message of a conversation."""
-    prompt = example.prompt
+    # A conversation may be a reply alone.
+    prompt = example.prompt or ""
     if isinstance(prompt, str):
         return dataclasses.replace(example, prompt=template.format(prompt=prompt))
     *before, last = prompt
@@ -145,26 +238,11 @@ def dressed(example: Example, template: str) -> Example:
     return dataclasses.replace(example, prompt=(*before, asked))
 
 
-def _check(
-    respondent: Respondent, examples: Sequence[Example], config: ConfidenceConfig, contradiction: Contradiction
-) -> None:
-    empty = next((example.id for example in examples if not example.response), None)
-    if empty is not None:
-        raise DataError(f"example '{empty}' has no response to be confident in; leave it out, or name its column.")
-    if config.weights["reflection"]:
-        asked = [one for example in examples for one in reflection.questions(example, config)]
-        respondent.check(asked, writes=config.reflection == "text")
-    if config.samples and config.beta:
-        respondent.check([dressed(example, config.sample_template) for example in examples], writes=True)
-        if contradiction.question is not None and config.alpha:
-            pairs = [Pair(example, row, example.response, "") for row, example in enumerate(examples)]
-            respondent.check([contradiction.question(pair) for pair in pairs], writes=True)
-
-
 def _similarities(
     contradiction: Contradiction, rows: list[int], examples: Sequence[Example], samples: list[list[str]]
 ) -> list[list[float]]:
-    """Of the response of each row with each of its samples; NaN for an empty sample. Equal pairs are compared once."""
+    """Of the response of each row with each of its samples; NaN for an empty sample, and where a pair is too
+    long. Equal pairs are compared once."""
     wanted = {
         (row, *pair)
         for row in rows

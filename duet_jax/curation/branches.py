@@ -20,9 +20,11 @@ from duet_jax.data import plan_forward
 from duet_jax.models import llama
 from duet_jax.models.lora import Lora
 
-# Tokens of the shortest rows; longer ones are by factors of 4, between which `plan_forward` sets finer steps.
+# Tokens of the shortest rows; longer ones are by factors of 2, between which `plan_forward` sets finer steps.
 SHORTEST = 256
-# Tokens of a row at most, where no text alone is longer: attention costs the square of them.
+# Tokens of a row at most, where neither a text alone is longer nor more than half of it is shared: attention costs the
+# square of them. A longer beginning is followed by as many tokens as it has itself, up to this number, so that a row
+# has at most twice the tokens of its longest text, and at most this many more.
 LONGEST = 1024
 # Branches of a row: what is read off a row has a fixed size.
 MOST_BRANCHES = 16
@@ -63,11 +65,12 @@ def rows_of(texts: Sequence[np.ndarray], groups: Sequence[int]) -> list[Row]:
 
 def _of_group(texts: Sequence[np.ndarray], numbers: list[int]) -> Iterator[Row]:
     shared = _shared([texts[number] for number in numbers])
+    most = max(LONGEST, shared + min(shared, LONGEST))
     taken: list[int] = []
     size = shared
     for number in numbers:
         branch = len(texts[number]) - shared
-        if taken and (size + branch > LONGEST or len(taken) == MOST_BRANCHES):
+        if taken and (size + branch > most or len(taken) == MOST_BRANCHES):
             yield _row(texts, taken, shared)
             taken, size = [], shared
         taken.append(number)
@@ -126,7 +129,7 @@ def read_ends(
     lengths = [len(row.tokens) for row in rows]
     buckets = [SHORTEST]
     while buckets[-1] < max(lengths, default=0):
-        buckets.append(4 * buckets[-1])
+        buckets.append(2 * buckets[-1])
     pending = []
     for length, size, numbers in plan_forward(lengths, buckets, max(batch_tokens // buckets[-1], 1)):
         chosen = [rows[number] for number in numbers]

@@ -15,6 +15,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,10 +23,9 @@ import numpy as np
 
 from duet_jax.config import ClearConfig
 from duet_jax.curation import audit
-from duet_jax.curation.asking import Confidence, confidence
+from duet_jax.curation.asking import Confidence, confidence, first_of, summary
 from duet_jax.curation.bench import Bench, Curated, lines
-from duet_jax.curation.confidence import known_mean
-from duet_jax.curation.correction import Verdicts, decide, judge, question
+from duet_jax.curation.correction import Verdicts, correctable, decide, judge
 from duet_jax.curation.decisions import Action, Decision, auto_filter
 from duet_jax.curation.parts import Progress
 from duet_jax.curation.respondent import ModelRespondent, Respondent
@@ -77,11 +77,12 @@ def settle(
       names: of their domains.
       config: how.
       folder: keeps what was computed.
-      propose: one target for each of the n prompts, by a model that is trained on the examples it is given.
+      propose: one target for each of the n prompts, or "" for none, by a model that is trained on the examples it is
+        given.
       on_progress: is told a stage, examples done and of how many.
 
     Raises:
-      DataError: nothing is kept that a model could be trained on, or a question is longer than the model takes.
+      DataError: nothing is kept that a model could be trained on.
       DuetError: as `asking.confidence`.
     """
     sure = confidence(ask(), examples, config.confidence, folder, on_progress)
@@ -159,18 +160,22 @@ def one_target(examples: Sequence[Example], decisions: Sequence[Decision]) -> li
 def curate(bench: Bench, config: ClearConfig) -> Curated:
     """Curates all domains.
 
-    Files: curated.jsonl, the kept and the corrected examples with their `domain` and, in the column `clear`, what was
-    decided; audit.parquet and audit.jsonl, a row for each example with every number that led to its decision (see
-    `curation.audit`); audit.html, a page to look through them. A corrected example has no accepted answers and no right
-    choice any more, for these belonged to the old target.
+    Files: for each domain curated-NAME.jsonl (see `file_of`), the kept and the corrected examples, with `messages`
+    where a prompt of the domain is a conversation and `prompt` and `response` otherwise, and in the column `clear` what
+    was decided; audit.parquet and audit.jsonl, a row for each example of all domains with every number that led to its
+    decision (see `curation.audit`); audit.html, a page to look through them. A corrected example has no accepted
+    answers and no right choice any more, for these belonged to the old target.
+
+    Nothing is proposed for an example whose prompt, or whose question for the judge, is too long, and a proposal that
+    has not ended after `max_new_tokens` tokens is none, for it is a part of an answer.
 
     Raises:
-      DataError, ConfigError, ModelError, FeedbackError: as `settle`.
+      DataError: as `settle`, or no example is short enough to be corrected; before anything is computed.
+      ConfigError, ModelError, FeedbackError: as `settle`.
     """
     student = bench.student
     names = [domain.name for domain in bench.domains for _ in domain.train]
     examples = [example for domain in bench.domains for example in domain.train]
-    writing = dataclasses.replace(config.confidence, max_new_tokens=config.max_new_tokens, stop=config.stop)
 
     def ask() -> ModelRespondent:
         model = Deployed(student.engine, student.trainer.load_base())
@@ -181,40 +186,63 @@ def curate(bench: Bench, config: ClearConfig) -> Curated:
 
         @cache
         def trained() -> ModelRespondent:
-            return ModelRespondent(bench.trained(data, "training"), "", writing, bench.seed)
+            return ModelRespondent(bench.trained(data, "training"), "", config.confidence, bench.seed)
 
-        def some(rows: list[int]) -> list[str]:
-            return [texts[0].strip() for texts in trained().answers([examples[row] for row in rows], 0)]
+        def some(rows: list[int]) -> list[str | None]:
+            asked = [short[row] for row in rows]
+            found = trained().answers(asked, 0, config.max_new_tokens, config.stop)
+            return [own[0].text.strip() if own[0].ended else None for own in found]
 
-        prompts = [example.prompt for example in examples]
-        identity = [data.digest, about, prompts, writing.max_new_tokens, list(writing.stop)]
-        return bench.kept("proposals", identity, sizes, some)
+        identity = [data.digest, about, [example.prompt for example in short], config.max_new_tokens, list(config.stop)]
+        found = bench.kept("proposals", identity, sizes, some)
+        if cut := found.count(None):
+            bench.say(
+                f"clear: {cut} of {len(found)} proposals had not ended after {config.max_new_tokens} tokens and are "
+                f"not judged"
+            )
+        given = iter(found)
+        return [(next(given) or "") if there else "" for there in room]
 
+    # The model itself is not kept, while another one is trained.
     base = ask()
-    about, sizes = base.identity, base.sizes(examples)
-    if config.correct:
-        # Before anything is computed: a proposal takes as much room as its tokens.
-        proposer = dataclasses.replace(base, config=writing)
-        proposer.check(examples, writes=True)
-        proposer.check([question(example, "", config.preference_template, 0) for example in examples], writes=True)
+    about = base.identity
+    # Before anything is computed: a proposal takes as much room as its tokens.
+    room = correctable(base, examples, config) if config.correct else np.zeros(len(examples), bool)
+    short = [examples[row] for row in np.flatnonzero(room)]
+    sizes = base.sizes(short)
+    if config.correct and not short:
+        raise DataError(
+            f"clear: of none of {len(examples)} examples a proposal of up to {config.max_new_tokens} tokens and the "
+            f"questions about it fit into the {base.longest} tokens that the model takes; lower clear.max_new_tokens, "
+            f"or shorten the templates."
+        )
     del base
+    if config.correct and len(short) < len(examples):
+        long = [example.id for example, there in zip(examples, room, strict=True) if not there]
+        bench.say(f"clear: {len(long)} of {len(examples)} examples are too long to be corrected ({first_of(long)})")
     found = settle(ask, examples, names, config, bench.folder / "confidence", propose, bench.on_progress)
-    _tell(bench.say, found)
+    _tell(bench.say, examples, found)
     rows = audit.rows(examples, names, found)
     columns = ("action", "confidence", "threshold", "target", "proposal", "acceptance", "eta")
-    chat = any_chat(examples)
     files: dict[str, str | bytes] = {
-        "curated.jsonl": lines(
-            as_row(_curated(example, decision), chat=chat)
-            | {"domain": name, "clear": {column: row[column] for column in columns}}
-            for example, name, decision, row in zip(examples, names, found.decisions, rows, strict=True)
-            if decision.action is not Action.DROP
-        ),
         "audit.jsonl": lines(rows),
         "audit.parquet": audit.parquet(rows),
         "audit.html": audit.page(rows),
     }
+    decided = zip(examples, found.decisions, rows, strict=True)
+    for domain in bench.domains:
+        chat = any_chat(domain.train)
+        files[file_of(domain.name)] = lines(
+            as_row(_curated(example, decision), chat=chat) | {"clear": {column: row[column] for column in columns}}
+            for example, decision, row in islice(decided, len(domain.train))
+            if decision.action is not Action.DROP
+        )
     return Curated(files, _summary(audit.counts(rows)))
+
+
+def file_of(domain: str) -> str:
+    """The file of a domain's curated examples; a slash in its name is written %2F, and a percent sign %25."""
+    return f"curated-{domain.replace('%', '%25').replace('/', '%2F')}.jsonl"
 
 
 def _curated(example: Example, decision: Decision) -> Example:
@@ -225,16 +253,11 @@ def _curated(example: Example, decision: Decision) -> Example:
     return dataclasses.replace(example, response=target_of(example, decision), meta=meta)
 
 
-def _tell(say: Callable[[str], None], found: Settled) -> None:
-    sure = found.confidence
-    means = {name: float(known_mean(getattr(sure, name))) for name in ("value", *audit.PARTS)}
-    listed = ", ".join(f"{name} {mean:.3g}" for name, mean in means.items() if not np.isnan(mean))
-    say(f"clear: means of the confidence and its parts: {listed or 'none can be had'}")
+def _tell(say: Callable[[str], None], examples: Sequence[Example], found: Settled) -> None:
+    say(f"clear: {summary(examples, found.confidence)}")
     say(f"clear: thresholds {_range([decision.threshold for decision in found.decisions])}")
     if found.level:
         say(f"clear: no confidence lies above the quantile of {', '.join(found.level)}; those at it are kept")
-    if unknown := int(np.isnan(sure.value).sum()):
-        say(f"clear: {unknown} of {len(sure.value)} examples have no confidence and are not kept")
     for number, (decisions, verdicts) in enumerate(found.rounds, start=1):
         judged = int((~np.isnan(verdicts.first[:, 0])).sum())
         accepted = sum(decision.action is Action.CORRECT for decision in decisions)

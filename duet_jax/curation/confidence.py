@@ -10,15 +10,19 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+import string
+from collections.abc import Iterator, Mapping
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 
 from duet_jax.feedback.answers import normalise
+from duet_jax.feedback.rewards.numeric import split_numbers
 
 # What the options of self-reflection are worth: correct, incorrect, not sure.
 OPTION_VALUES = np.array([1.0, 0.0, 0.5])
+_OPEN = re.compile(r"[{\[]")
 _ANSWER = re.compile(r"\banswer\s*(?:is\b\s*:?|:)|####", re.IGNORECASE)
 
 
@@ -78,27 +82,44 @@ def final_answer(text: str) -> str:
 
 
 def same_answer(target: str, sample: str) -> bool:
-    """Whether two texts give the same final answer, after `answers.normalise`.
+    """Whether two texts give the same final answer: the same numbers, and between them the same words.
 
-    A target that is a JSON object or list is compared with the JSON in the sample, field by field; order and spacing
+    Numbers are compared by their value (1/2 is 0.5, and -5 is not 5), words after `answers.normalise`. Of an answer
+    with neither, such as the choice "A" or the operator "+", all but case and the punctuation around it is compared. A
+    target that is a JSON object or list is compared with the first one in the sample, field by field; order and spacing
     do not matter.
     """
-    fields = _json(target)
+    fields = _json(target.strip())
     if fields is not None:
-        return _json(sample) == fields
-    return normalise(final_answer(target)) == normalise(final_answer(sample))
+        return next(_jsons(sample), None) == fields
+    return _answer(final_answer(target)) == _answer(final_answer(sample))
+
+
+def _answer(text: str) -> list[str | Fraction]:
+    """What is compared of an answer: numbers, and words in their plain form."""
+    parts = [normalise(part) if isinstance(part, str) else part for part in split_numbers(text)]
+    bare = text.strip()
+    return [part for part in parts if part != ""] or [(bare.strip(string.punctuation + " ") or bare).lower()]
 
 
 def _json(text: str) -> Any:
-    """The object or list that a text holds, strings normalised; None if there is none."""
-    starts = [place for place in (text.find("{"), text.find("[")) if place >= 0]
-    if not starts:
-        return None
+    """The object or list that a text is, strings normalised; None if it is none."""
     try:
-        found, _ = json.JSONDecoder().raw_decode(text[min(starts) :])
-    except ValueError:
+        found = json.loads(text)
+        return _normalised(found) if isinstance(found, dict | list) else None
+    except (ValueError, RecursionError):
         return None
-    return _normalised(found)
+
+
+def _jsons(text: str) -> Iterator[Any]:
+    """The objects and lists in a text, strings normalised."""
+    decoder, place = json.JSONDecoder(), 0
+    while found := _OPEN.search(text, place):
+        try:
+            value, place = decoder.raw_decode(text, found.start())
+            yield _normalised(value)
+        except (ValueError, RecursionError):
+            place = found.end()
 
 
 def _normalised(value: Any) -> Any:
@@ -106,4 +127,4 @@ def _normalised(value: Any) -> Any:
         return {key: _normalised(each) for key, each in value.items()}
     if isinstance(value, list):
         return [_normalised(each) for each in value]
-    return normalise(value) if isinstance(value, str) else value
+    return _answer(value) if isinstance(value, str) else value

@@ -17,7 +17,7 @@ import numpy as np
 
 from duet_jax import models
 from duet_jax.config import ConfidenceConfig
-from duet_jax.curation.respondent import Respondent
+from duet_jax.curation.respondent import Respondent, fits
 from duet_jax.data import Encoded, Example
 from duet_jax.data.example import plain_text
 from duet_jax.errors import FeedbackError, ModelError
@@ -50,13 +50,11 @@ class Contradiction(NamedTuple):
 
     Attributes:
       identity: all that decides it, as values of JSON.
-      function: probabilities float64 `[n]` in [0, 1] of n pairs.
-      question: what is asked about a pair, of the model itself; None: another one is asked.
+      function: probabilities float64 `[n]` in [0, 1] of n pairs; NaN of a pair that is longer than a model takes.
     """
 
     identity: Any
     function: Callable[[Sequence[Pair]], np.ndarray]
-    question: Callable[[Pair], Example] | None = None
 
 
 def build_contradiction(config: ConfidenceConfig, respondent: Respondent) -> Contradiction:
@@ -71,24 +69,30 @@ def build_contradiction(config: ConfidenceConfig, respondent: Respondent) -> Con
         return nli(Path(config.model).expanduser(), config)
     if config.contradiction == "python":
         assert config.function is not None
-        return python(config.function, config.contradiction_template)
-    return judged(respondent, config.contradiction_template)
+        return python(config.function)
+    return judged(respondent, config.pair_template)
 
 
 def judged(respondent: Respondent, template: str) -> Contradiction:
     """The model itself is asked, and answers Yes or No."""
 
-    def question(pair: Pair) -> Example:
-        return Example(pair.example.id, _text(pair, template), "")
-
     def function(pairs: Sequence[Pair]) -> np.ndarray:
-        asked = [question(pair) for pair in pairs]
-        return respondent.options(asked, [pair.group for pair in pairs], ("Yes", "No"))[:, 0]
+        asked = [question(pair, template) for pair in pairs]
+        rows = np.flatnonzero(fits(respondent, asked)).tolist()
+        found = np.full(len(pairs), np.nan)
+        groups = [pairs[row].group for row in rows]
+        found[rows] = respondent.options([asked[row] for row in rows], groups, ("Yes", "No"))[:, 0]
+        return found
 
-    return Contradiction(["judge", template, respondent.identity], function, question)
+    return Contradiction(["judge", template, respondent.identity], function)
 
 
-def python(name: str, template: str) -> Contradiction:
+def question(pair: Pair, template: str) -> Example:
+    """What the model itself is asked about a pair."""
+    return Example(pair.example.id, _text(pair, template), "")
+
+
+def python(name: str) -> Contradiction:
     """The function named `module:callable`; premises and hypotheses are the answers alone.
 
     Raises:
@@ -115,11 +119,11 @@ def python(name: str, template: str) -> Contradiction:
 def nli(folder: Path, config: ConfidenceConfig) -> Contradiction:
     """A decoder of our family with a head of three labels, one of which is named after contradiction.
 
-    It reads the pair as the template lays it out, with BOS where its tokenizer adds one.
+    It reads the pair as the template lays it out, with BOS where its tokenizer adds one. One of several sentences that
+    is too long makes the whole pair so.
 
     Raises:
       ModelError: there is no such model.
-      FeedbackError: on use, where a pair is longer than it takes.
     """
     read = read_classifier(folder, dtype=resident_dtype("float32"), labels=3, kind="classifier of contradictions")
     named = [number for number, label in enumerate(read.labels) if "contra" in label.lower()]
@@ -136,21 +140,23 @@ def nli(folder: Path, config: ConfidenceConfig) -> Contradiction:
     def function(pairs: Sequence[Pair]) -> np.ndarray:
         parts = [sentences(pair.second) for pair in pairs]
         texts = [
-            _text(pair._replace(second=sentence), config.contradiction_template)
+            _text(pair._replace(second=sentence), config.pair_template)
             for pair, own in zip(pairs, parts, strict=True)
             for sentence in own
         ]
-        owners = [row for row, own in enumerate(parts) for _ in own]
+        owners = np.array([row for row, own in enumerate(parts) for _ in own])
         tokens = tuple(np.array(ids, np.int32) for ids in read.tokenizer.encode_batch(texts, add_special=True))
         lengths = np.array([len(ids) for ids in tokens], np.int32)
         encoded = Encoded(tokens, lengths, tuple(pairs[owner].example.id for owner in owners))
-        logits = readout(encoded, [len(ids) - 1 for ids in tokens]).astype(float)
+        rows = np.flatnonzero(lengths <= read.config.max_length)
+        logits = readout(encoded.take(rows), (lengths[rows] - 1).tolist()).astype(float)
         odds = np.exp(logits - logits.max(axis=1, keepdims=True))
         found = np.zeros(len(pairs))
-        np.maximum.at(found, owners, odds[:, named[0]] / odds.sum(axis=1))
+        np.maximum.at(found, owners[rows], odds[:, named[0]] / odds.sum(axis=1))
+        found[np.delete(owners, rows)] = np.nan
         return found
 
-    return Contradiction(["nli", readout.identity, list(read.labels), config.contradiction_template, LONG], function)
+    return Contradiction(["nli", readout.identity, list(read.labels), config.pair_template, LONG], function)
 
 
 def outside(config: ConfidenceConfig) -> str:
@@ -168,7 +174,7 @@ def outside(config: ConfidenceConfig) -> str:
         folder = Path(config.model or "").expanduser()
         if not folder.is_dir():
             raise ModelError(f"There is no classifier of contradictions at {folder}; give a Hugging Face folder.")
-        for path in sorted(folder.iterdir()):
+        for path in sorted(path for path in folder.iterdir() if path.is_file()):
             with path.open("rb") as file:
                 digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}".encode())
     return digest.hexdigest()

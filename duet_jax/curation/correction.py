@@ -15,12 +15,12 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from duet_jax.config import PREFERENCE, ConfidenceConfig
-from duet_jax.curation.asking import confidence
+from duet_jax.config import PREFERENCE, ClearConfig, ConfidenceConfig
+from duet_jax.curation.asking import askable, confidence
 from duet_jax.curation.confidence import same_answer
 from duet_jax.curation.decisions import Decision, Filter, actions, auto_correct
 from duet_jax.curation.parts import Progress, in_parts
-from duet_jax.curation.respondent import Respondent
+from duet_jax.curation.respondent import Respondent, fits
 from duet_jax.data import Example
 from duet_jax.data.example import plain_text
 
@@ -28,12 +28,15 @@ LETTERS = ("A", "B", "C")
 
 
 class Verdicts(NamedTuple):
-    """What a judge says of n proposals; NaN where there is nothing to judge: a proposal is empty or the target itself.
+    """What a judge says of n proposals.
+
+    NaN where there is nothing to judge: a proposal is empty or the target itself, or too long for the judge to read.
 
     Attributes:
       first, second: float64 `[n, 3]`, probabilities of proposal, target and tie, with the proposal as answer A and B.
       better: bool `[n]`, whether the proposal is the most probable in both positions.
-      acceptance: float64 `[n]`, confidence in the verdict, the mean of both positions.
+      acceptance: float64 `[n]`, confidence in the verdict, the mean of both positions; NaN also where the questions
+        about it are too long.
     """
 
     first: np.ndarray
@@ -66,11 +69,16 @@ def judge(
       on_progress: is told a stage, examples done and of how many.
 
     Raises:
-      DataError: a question is longer than the model takes.
+      DuetError: as `asking.confidence`.
     """
-    judged = [row for row, (e, y) in enumerate(zip(examples, proposals, strict=True)) if _differs(e.response, y)]
-    questions = [question(examples[row], proposals[row], template, place) for row in judged for place in (0, 1)]
-    respondent.check(questions, writes=False)
+
+    def both(row: int) -> list[Example]:
+        return [question(examples[row], proposals[row], template, place) for place in (0, 1)]
+
+    differ = [row for row, (e, y) in enumerate(zip(examples, proposals, strict=True)) if _differs(e.response, y)]
+    short = fits(respondent, [one for row in differ for one in both(row)]).reshape(-1, 2)
+    judged = [row for row, there in zip(differ, short, strict=True) if there.all()]
+    questions = [one for row in judged for one in both(row)]
 
     def compute(rows: list[int]) -> list[list[list[float]]]:
         asked = [questions[2 * row + place] for row in rows for place in (0, 1)]
@@ -88,14 +96,22 @@ def judge(
     if acceptance == "confidence":
         sure = np.full(len(examples), np.nan)
         # The confidence in a verdict that is no reason to correct is not needed.
-        winners = [place for place, row in enumerate(judged) if better[row]]
-        verdicts = [
-            dataclasses.replace(questions[2 * place + i], response=LETTERS[i]) for place in winners for i in (0, 1)
-        ]
-        if verdicts:
+        winners = [row for row in judged if better[row]]
+        verdicts = [dataclasses.replace(one, response=LETTERS[i]) for row in winners for i, one in enumerate(both(row))]
+        if askable(respondent, verdicts, config).any():
             found = confidence(respondent, verdicts, config, folder, _named("judge", on_progress)).value
-            sure[[judged[place] for place in winners]] = found.reshape(-1, 2).mean(axis=1)
+            sure[winners] = found.reshape(-1, 2).mean(axis=1)
     return Verdicts(first, second, better, sure)
+
+
+def correctable(respondent: Respondent, examples: Sequence[Example], config: ClearConfig) -> np.ndarray:
+    """Whether a proposal for each example, of as many tokens as it may have, can be written and judged, bool `[n]`."""
+    asked = [question(example, "", config.preference_template, 0) for example in examples]
+    found = fits(respondent, examples, config.max_new_tokens) & fits(respondent, asked, config.max_new_tokens)
+    if config.acceptance == "confidence":
+        verdicts = [dataclasses.replace(one, response=LETTERS[0]) for one in asked]
+        found &= askable(respondent, verdicts, config.confidence, config.max_new_tokens)
+    return found
 
 
 def prefers(verdict: np.ndarray) -> np.ndarray:

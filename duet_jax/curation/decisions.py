@@ -77,8 +77,8 @@ def auto_filter(
     """Which examples are kept: those with c > gamma.
 
     Where no confidence of a group lies above its quantile, as when all are equal, those at it are kept (`level`), for
-    otherwise nothing would be. Of examples with the same prompt and different targets only those of the most confident
-    target are kept.
+    otherwise nothing would be. Of examples above their thresholds with the same prompt and different targets only those
+    of the most confident target are kept.
 
     Args:
       confidence: c, `[n]`; an example whose confidence is NaN is not kept, and no quantile counts it.
@@ -101,7 +101,8 @@ def auto_filter(
             # A quantile between equal numbers may be rounded above them.
             above[own] = confidence[own] == confidence[own].max()
             level.append(name)
-    beaten = above & ~_best_of_prompt(np.where(known, confidence, -np.inf), pairs)
+    # What is not kept anyway takes nobody's place.
+    beaten = above & ~_best_of_prompt(np.where(above, confidence, -np.inf), pairs)
     return Filter(above & ~beaten, thresholds, beaten, tuple(level))
 
 

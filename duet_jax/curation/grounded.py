@@ -21,7 +21,7 @@ from duet_jax.config import GroundedConfig
 from duet_jax.curation.bench import Bench, Curated, lines
 from duet_jax.data import Encoded, Example
 from duet_jax.data.example import any_chat, as_row, plain_text
-from duet_jax.errors import DataError, FeedbackError
+from duet_jax.errors import DataError, FeedbackError, ModelError
 from duet_jax.feedback import load_function
 from duet_jax.feedback.outside import source_of
 from duet_jax.feedback.rewards.judge import two_letters
@@ -189,7 +189,8 @@ def _of_judge(source: str, config: GroundedConfig) -> Scorer:
 
 
 def _of_classifier(folder: Path, config: GroundedConfig) -> Scorer:
-    read = read_classifier(folder, dtype=resident_dtype(config.dtype), labels=2, kind="classifier of support")
+    read = read_classifier(folder, dtype=resident_dtype(config.dtype), labels=(2, 3), kind="classifier of support")
+    supports = _label_of_support(folder, read.labels)
     fingerprint = models.fingerprint(read.config, {**read.params, "score": read.score})
     model = models.Model(read.config, read.params, read.tokenizer, str(folder), fingerprint)
     readout = Readout(model, jnp.asarray(read.score, jnp.float32), config.batch_size, jnp.dtype(config.dtype))
@@ -200,7 +201,20 @@ def _of_classifier(folder: Path, config: GroundedConfig) -> Scorer:
         lengths = np.array([len(ids) for ids in tokens], np.int32)
         encoded = Encoded(tokens, lengths, tuple(claim for _, claim in pairs))
         logits = readout(encoded, [length - 1 for length in lengths]).astype(float)
-        # The second label's share of both, which never overflows.
-        return (1 + np.tanh((logits[:, 1] - logits[:, 0]) / 2)) / 2
+        weights = np.exp(logits - logits.max(axis=1, keepdims=True))
+        return weights[:, supports] / weights.sum(axis=1)
 
-    return Scorer(f"classifier {readout.identity}", every)
+    return Scorer(f"classifier {readout.identity}, label {supports}", every)
+
+
+def _label_of_support(folder: Path, labels: tuple[str, ...]) -> int:
+    """Which label means that a claim is supported: by its name or, of two without names, the second."""
+    named = [number for number, label in enumerate(labels) if label.lower().startswith(("entail", "support"))]
+    if labels == ("LABEL_0", "LABEL_1"):
+        named = [1]
+    if len(named) != 1:
+        raise ModelError(
+            f"{folder} has the labels {', '.join(labels)}; the name of exactly one must begin with entail or support, "
+            f"in id2label of its config.json."
+        )
+    return named[0]

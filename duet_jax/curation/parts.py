@@ -29,10 +29,11 @@ def in_parts(
     """One value of JSON for each row, from `folder` where it is there already.
 
     Rows are taken by size, so that those of a part fill batches of one length; which rows share a part depends on the
-    sizes alone, so that a run that was killed ends with the numbers of one that was not.
+    sizes and on `part` alone, so that a run that was killed ends with the numbers of one that was not, and one with
+    other parts, which has other files, never meets them.
 
     Args:
-      folder: of all parts; those of this work lie in a folder in it, named by a hash of the identity.
+      folder: of all parts; those of this work lie in a folder in it, named by a hash of what decides them.
       name: of the work, for the folder and for progress.
       identity: all that decides the values, as values of JSON.
       sizes: how large each row is.
@@ -40,7 +41,7 @@ def in_parts(
       on_progress: is told the name, rows done and of how many.
       part: rows that are computed together.
     """
-    place = folder / f"{name}-{hash_of(identity)[:16]}"
+    place = folder / f"{name}-{hash_of([identity, list(sizes), part])[:16]}"
     place.mkdir(parents=True, exist_ok=True)
     order = np.argsort(np.asarray(sizes), kind="stable").tolist()
     found: list[Any] = [None] * len(order)

@@ -57,14 +57,22 @@ def prune_all(params: llama.Params, norms: dict[str, Array], sparsity: float) ->
       norms: of `input_norms`.
       sparsity: in [0, 1).
     """
-    layers = dict(params["layers"])
-    for name, values in norms.items():
-        kernels = unpack(layers[name]["kernel"])
+    layers = params["layers"]
+    found = _pruned({name: layers[name]["kernel"] for name in norms}, norms, sparsity)
+    pruned = {name: {**layers[name], "kernel": kernel} for name, kernel in found.items()}
+    return {**params, "layers": {**layers, **pruned}}
+
+
+@partial(jax.jit, static_argnames="sparsity")
+def _pruned(kernels: dict[str, Any], norms: dict[str, Array], sparsity: float) -> dict[str, Array]:
+    """All layers' kernels `[layers, in, out]`, pruned one after the other."""
+    found = {}
+    for name, packed in kernels.items():
+        kernel = unpack(packed)
         # 0.29 * 100 is 28.999999999999996.
-        count = math.floor(sparsity * kernels.shape[1] + 1e-9)
-        pruned = jax.lax.map(lambda pair, count=count: prune(*pair, count), (kernels, values))
-        layers[name] = {**layers[name], "kernel": pruned}
-    return {**params, "layers": layers}
+        count = math.floor(sparsity * kernel.shape[1] + 1e-9)
+        found[name] = jax.lax.map(lambda pair, count=count: prune(*pair, count), (kernel, norms[name]))
+    return found
 
 
 @lru_cache(maxsize=8)

@@ -7,6 +7,7 @@ so that a liking for a letter cancels. The way of the paper is there as well.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,7 +16,6 @@ from duet_jax.config import ConfidenceConfig
 from duet_jax.curation.respondent import Respondent
 from duet_jax.data import Example
 from duet_jax.data.example import plain_text
-from duet_jax.feedback.rewards.choice import chosen
 
 LETTERS = ("A", "B", "C")
 OPTIONS = ("Correct", "Incorrect", "I am not sure")
@@ -23,6 +23,9 @@ OPTIONS = ("Correct", "Incorrect", "I am not sure")
 ORDERS = ((0, 1, 2), (1, 2, 0), (2, 0, 1))
 READ = "\nAnswer with one letter, A, B or C."
 WRITTEN = '\nExplain briefly why, then end with "Answer:" and one letter, A, B or C.'
+_MARK = re.compile(r"\banswer(?:\s+is\b\s*:?|\s*:)", re.IGNORECASE)
+# A letter that ends there, or ends as a label does: in "A wrong one" there is none.
+_LETTER = re.compile(r"[\s*(]*([ABC])\**(?:[).:,]|\s*$|\s*\n)")
 
 
 def questions(example: Example, config: ConfidenceConfig) -> list[Example]:
@@ -41,14 +44,15 @@ def questions(example: Example, config: ConfidenceConfig) -> list[Example]:
 def reflect(respondent: Respondent, examples: Sequence[Example], config: ConfidenceConfig) -> np.ndarray:
     """Probabilities of the options correct, incorrect and not sure, float64 `[n, templates, 3]`.
 
-    Of a written text they are 0 and 1; one that takes no option counts as not sure.
+    Of a written text they are 0 and 1; one that takes no option (see `taken`) counts as not sure.
     """
     asked = [questions(example, config) for example in examples]
     flat = [question for own in asked for question in own]
     templates = len(config.reflection_templates)
     if config.reflection == "text":
-        taken = [chosen(texts[0], OPTIONS) for texts in respondent.answers(flat, 0)]
-        places = [OPTIONS.index("I am not sure") if one is None else one for one in taken]
+        replies = respondent.answers(flat, 0, config.reflection_max_new_tokens)
+        options = [taken(own[0].text) for own in replies]
+        places = [OPTIONS.index("I am not sure") if one is None else one for one in options]
         return np.eye(len(OPTIONS))[places].reshape(len(examples), templates, len(OPTIONS))
     groups = [row for row, own in enumerate(asked) for _ in own]
     letters = respondent.options(flat, groups, LETTERS).reshape(len(examples), templates, len(ORDERS), len(LETTERS))
@@ -56,3 +60,18 @@ def reflect(respondent: Respondent, examples: Sequence[Example], config: Confide
     for number, order in enumerate(ORDERS):
         found[..., list(order)] += letters[:, :, number] / len(ORDERS)
     return found
+
+
+def taken(text: str) -> int | None:
+    """Number of the option that a written text takes, in the order of `OPTIONS`; None where that cannot be told.
+
+    That is the letter that follows the last "answer:" or "answer is", or else begins the text, as in "(B)", "B." or
+    "B" alone; or an option in full, alone on the line there. Among other words none is looked for: it may be negated.
+    """
+    marks = [found.end() for found in _MARK.finditer(text)]
+    said = text[marks[-1] :] if marks else text
+    letter = _LETTER.match(said)
+    if letter is not None:
+        return LETTERS.index(letter[1])
+    line = said.strip().partition("\n")[0].strip(" .*\"'").lower()
+    return next((number for number, option in enumerate(OPTIONS) if line == option.lower()), None)

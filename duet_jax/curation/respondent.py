@@ -7,7 +7,7 @@ import hashlib
 import sys
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,6 +21,21 @@ from duet_jax.feedback.likelihood import response_tokens
 from duet_jax.models import llama
 from duet_jax.models.sampling import GREEDY, Sampling
 
+# Texts that are tokenised together where only their lengths are kept.
+CHUNK = 1024
+
+
+class Reply(NamedTuple):
+    """What was written.
+
+    Attributes:
+      text: without what ended it.
+      ended: whether the end of text or a stop string ended it, rather than the limit of its tokens.
+    """
+
+    text: str
+    ended: bool
+
 
 class Respondent(Protocol):
     """Whatever can be asked."""
@@ -32,19 +47,22 @@ class Respondent(Protocol):
 
     @property
     def writing(self) -> Any:
-        """What decides its answers besides, as values of JSON."""
+        """What decides its sampled answers besides, as values of JSON."""
         ...
 
-    def check(self, examples: Sequence[Example], *, writes: bool) -> None:
-        """Raises a DataError where a prompt, with room for an answer where it `writes` one, is more than it takes."""
+    @property
+    def longest(self) -> int:
+        """Tokens of a prompt and an answer together, at most."""
         ...
 
     def sizes(self, examples: Sequence[Example]) -> list[int]:
         """Tokens of the prompts."""
         ...
 
-    def answers(self, examples: Sequence[Example], samples: int) -> list[list[str]]:
-        """So many sampled answers to each prompt, or with 0 the greedy one."""
+    def answers(
+        self, examples: Sequence[Example], samples: int, max_new_tokens: int, stop: Sequence[str] = ()
+    ) -> list[list[Reply]]:
+        """So many sampled answers to each prompt, or with 0 the greedy one; a text of `stop` ends them too."""
         ...
 
     def options(self, questions: Sequence[Example], groups: Sequence[int], words: Sequence[str]) -> np.ndarray:
@@ -56,14 +74,19 @@ class Respondent(Protocol):
         ...
 
 
+def fits(respondent: Respondent, prompts: Sequence[Example], max_new_tokens: int = 0) -> np.ndarray:
+    """Whether each prompt, with so many tokens after it, is not more than the model takes, bool `[n]`."""
+    return np.array(respondent.sizes(prompts), np.int64) + max_new_tokens <= respondent.longest
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class ModelRespondent:
-    """Our own model. Nothing that it reads is cut: what does not fit its context is refused.
+    """Our own model. Nothing that it reads is cut: what does not fit its context is refused, or has no number.
 
     Attributes:
       model: what is asked.
       fingerprint: of its parameters, adapters included.
-      config: how answers are sampled, and how much is done at a time.
+      config: at which temperature answers are sampled, and how much is done at a time.
       seed: of sampled answers. The random numbers of an answer depend on it, on the prompt and on the answer's number.
     """
 
@@ -83,40 +106,45 @@ class ModelRespondent:
 
     @property
     def writing(self) -> list[Any]:
-        """What decides its answers besides, as values of JSON."""
-        return [self.config.max_new_tokens, self.config.temperature, list(self.config.stop), self.seed]
+        """What decides its sampled answers besides, as values of JSON."""
+        return [self.config.temperature, self.seed]
 
-    def check(self, examples: Sequence[Example], *, writes: bool) -> None:
-        """Raises a DataError where a prompt, with room for an answer where it `writes` one, is more than it takes."""
-        longest, new_tokens = self.model.engine.model.config.max_length, self.config.max_new_tokens if writes else 0
-        for example, length in zip(examples, self.sizes(examples), strict=True):
-            if length + new_tokens > longest:
-                after = f" with {new_tokens} tokens after it" if new_tokens else ""
-                raise DataError(
-                    f"example '{example.id}': a question about it has {length} tokens, which{after} are more than the "
-                    f"{longest} that the model takes; leave it out, or shorten the templates."
-                )
+    @property
+    def longest(self) -> int:
+        """Tokens of a prompt and an answer together, at most."""
+        return self.model.engine.model.config.max_length
 
     def sizes(self, examples: Sequence[Example]) -> list[int]:
         """Tokens of the prompts."""
-        return self._encode(examples).lengths.tolist()
+        starts = range(0, len(examples), CHUNK)
+        return [size for at in starts for size in self._encode(examples[at : at + CHUNK]).lengths.tolist()]
 
-    def answers(self, examples: Sequence[Example], samples: int) -> list[list[str]]:
-        """So many sampled answers to each prompt, or with 0 the greedy one; equal prompts get the same ones."""
+    def answers(
+        self, examples: Sequence[Example], samples: int, max_new_tokens: int, stop: Sequence[str] = ()
+    ) -> list[list[Reply]]:
+        """So many sampled answers to each prompt, or with 0 the greedy one; equal prompts get the same ones.
+
+        Raises:
+          DataError: a prompt and an answer are longer than the model takes.
+        """
         encoded = self._encode(examples)
+        self._require_room(encoded, max_new_tokens)
         first = {tokens.tobytes(): row for row, tokens in reversed(list(enumerate(encoded.tokens)))}
         rows = sorted(first.values())
         found = self._wide(encoded).sample(
             encoded.take(rows),
             Sampling(self.config.temperature) if samples else GREEDY,
             samples=max(samples, 1),
-            max_new_tokens=self.config.max_new_tokens,
+            max_new_tokens=max_new_tokens,
             batch_size=self.config.batch_size,
             seed=self.seed,
-            stop_strings=self.config.stop,
+            stop_strings=stop,
         )
-        texts = dict(zip(rows, found.texts, strict=True))
-        return [list(texts[first[tokens.tobytes()]]) for tokens in encoded.tokens]
+        replies = {
+            row: [Reply(*one) for one in zip(texts, ended.tolist(), strict=True)]
+            for row, texts, ended in zip(rows, found.texts, found.ended, strict=True)
+        }
+        return [replies[first[tokens.tobytes()]] for tokens in encoded.tokens]
 
     def options(self, questions: Sequence[Example], groups: Sequence[int], words: Sequence[str]) -> np.ndarray:
         """Probabilities float64 `[questions, words]`, among the words, that the answer begins with each.
@@ -127,7 +155,8 @@ class ModelRespondent:
           DataError: a question is longer than the model takes.
           ModelError: two words begin with the same token.
         """
-        self.check(questions, writes=False)
+        encoded = self._encode(questions)
+        self._require_room(encoded, 0)
         engine, base = self.model.engine, self.model.engine.model
         first = [ids[0] for ids in base.tokenizer.encode_batch(list(words)) if ids]
         if len(set(first)) < len(words):
@@ -140,7 +169,7 @@ class ModelRespondent:
             self.model.params,
             self.model.lora,
             llama.output_head(self.model.params)[np.array(first)].astype(jnp.float32),
-            self._encode(questions).tokens,
+            encoded.tokens,
             groups,
             pad_id=base.tokenizer.pad_id,
             batch_tokens=self.config.batch_tokens,
@@ -152,12 +181,12 @@ class ModelRespondent:
     def log_probs(self, examples: Sequence[Example]) -> np.ndarray:
         """Log-probability of each response with its end of text in nats, and its scored tokens, float64 `[n, 2]`.
 
-        NaN where the prompt leaves no room for any token of the response.
+        NaN where prompt and response are longer than the model takes.
         """
         engine = self.model.engine
         numbered = [dataclasses.replace(example, id=str(row)) for row, example in enumerate(examples)]
-        longest = engine.model.config.max_length
-        encoded = encode(numbered, engine.model.tokenizer, chat=engine.chat, max_length=longest)
+        whole = encode(numbered, engine.model.tokenizer, chat=engine.chat, max_length=sys.maxsize)
+        encoded = whole.take(np.flatnonzero(whole.lengths <= self.longest))
         model = self._wide(encoded)
         batch_size = max(self.config.batch_tokens // model.engine.buckets[-1], 1)
         found = np.full((len(examples), 2), np.nan)
@@ -168,6 +197,15 @@ class ModelRespondent:
     def _encode(self, examples: Sequence[Example]) -> Encoded:
         engine = self.model.engine
         return encode_prompts(examples, engine.model.tokenizer, chat=engine.chat, max_length=sys.maxsize)
+
+    def _require_room(self, prompts: Encoded, max_new_tokens: int) -> None:
+        length, identifier = max(zip(prompts.lengths.tolist(), prompts.ids, strict=True), default=(0, ""))
+        if length + max_new_tokens > self.longest:
+            after = f" with {max_new_tokens} tokens after it" if max_new_tokens else ""
+            raise DataError(
+                f"example '{identifier}': a question about it has {length} tokens, which{after} are more than the "
+                f"{self.longest} that the model takes; leave it out, or shorten the templates."
+            )
 
     def _wide(self, encoded: Encoded) -> Deployed:
         """The model with buckets for these texts: their templates make them longer than what it is trained on."""

@@ -3,13 +3,15 @@
 SELF-GUIDE (Zhao et al. 2024, arXiv 2407.12874), section 3: from an instruction and a few examples the model writes new
 inputs, each after other demonstrations from a growing list; then outputs to them, after the examples; what looks like
 noise or is of an unusual length is left out. Here repeated inputs are left out too, before they become demonstrations.
-The paper tunes the temperatures and prompts of each task; here they are settings, and one prompt serves all.
+The paper tunes the temperatures and prompts of each task; here they are settings, and one prompt serves all. Inputs
+that the model wrote may be longer than the given ones: of a prompt's demonstrations, the last that do not fit are left
+out.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -57,7 +59,7 @@ def curate(bench: Bench, config: SelfGuideConfig) -> Curated:
     Files: synthetic.jsonl, new examples with `augmented` true; dropped.jsonl, what was left out, and why.
 
     Raises:
-      DataError: a demonstration is a conversation, or a prompt does not fit.
+      DataError: a demonstration is a conversation, or demonstrations and an input do not fit.
     """
     (domain,) = bench.domains
     pairs = []
@@ -70,7 +72,12 @@ def curate(bench: Bench, config: SelfGuideConfig) -> Curated:
         pairs.append((example.prompt.strip(), example.response.strip()))
     # Before anything is written: the longest demonstrations, and an input of the greatest length.
     longest = sorted(pairs, key=lambda pair: len(pair[0]) + len(pair[1]))[-config.demonstrations :]
-    _encode(bench, config, output_prompt(config.instruction, longest, ""), config.max_input_tokens)
+    if not _fits(bench, output_prompt(config.instruction, longest, ""), config.max_input_tokens):
+        most = bench.student.engine.buckets[-1]
+        raise DataError(
+            f"self_guide: the instruction with {config.demonstrations} demonstrations and an input is longer than "
+            f"data.max_length ({most} tokens); raise it, or lower self_guide.demonstrations."
+        )
     dropped: list[dict] = []
     inputs = _inputs(bench, config, [text for text, _ in pairs], dropped)
     outputs = _outputs(bench, config, pairs, inputs)
@@ -104,7 +111,7 @@ def _inputs(bench: Bench, config: SelfGuideConfig, given: list[str], dropped: li
             break
         listed = given + found
         prompts = [
-            input_prompt(config.instruction, _some(rng, listed, config.demonstrations))
+            _prompt(bench, lambda shown: input_prompt(config.instruction, shown), _some(rng, config, listed))
             for _ in range(min(config.batch_size, config.attempts - start))
         ]
         texts = _write(bench, config, prompts, config.input_temperature, config.max_input_tokens, "inputs", start)
@@ -126,42 +133,52 @@ def _inputs(bench: Bench, config: SelfGuideConfig, given: list[str], dropped: li
 
 def _outputs(bench: Bench, config: SelfGuideConfig, pairs: list[tuple[str, str]], inputs: list[str]) -> list[str]:
     rng = np.random.default_rng([bench.seed, 1])
-    prompts = [output_prompt(config.instruction, _some(rng, pairs, config.demonstrations), text) for text in inputs]
+    prompts = [
+        _prompt(
+            bench,
+            lambda shown, text=text: output_prompt(config.instruction, shown, text),  # type: ignore[misc]
+            _some(rng, config, pairs),
+        )
+        for text in inputs
+    ]
     return _write(bench, config, prompts, config.output_temperature, config.max_output_tokens, "outputs", -1)
 
 
-def _encode(bench: Bench, config: SelfGuideConfig, prompt: str, more: int = 0) -> Encoded:
-    """A prompt as tokens, if it and so many more fit; none is cut."""
+def _fits(bench: Bench, prompt: str, more: int = 0) -> Encoded | None:
+    """A prompt as tokens, if it and so many more fit."""
     engine = bench.student.engine
     encoded = engine.encode_prompts([Example("self_guide", prompt, "")])
-    if encoded.truncated or encoded.lengths[0] + more > engine.buckets[-1]:
-        raise DataError(
-            f"self_guide: the instruction with {config.demonstrations} demonstrations and an input is longer than "
-            f"data.max_length ({engine.buckets[-1]} tokens); raise it, or lower self_guide.demonstrations."
-        )
-    return encoded
+    return None if encoded.truncated or encoded.lengths[0] + more > engine.buckets[-1] else encoded
 
 
-def _some(rng: np.random.Generator, items: Sequence[Item], most: int) -> list[Item]:
-    """At most so many of the items, in random order."""
-    return [items[row] for row in rng.permutation(len(items))[:most]]
+def _prompt(bench: Bench, write: Callable[[list[Item]], str], items: list[Item]) -> Encoded:
+    """What is written of the items as tokens, without the last ones that do not fit."""
+    for count in range(len(items), -1, -1):
+        encoded = _fits(bench, write(items[:count]))
+        if encoded is not None:
+            return encoded
+    raise DataError("self_guide: an input that the model wrote does not fit; lower self_guide.max_input_tokens.")
+
+
+def _some(rng: np.random.Generator, config: SelfGuideConfig, items: Sequence[Item]) -> list[Item]:
+    """Demonstrations among the items, in random order."""
+    return [items[row] for row in rng.permutation(len(items))[: config.demonstrations]]
 
 
 def _write(
     bench: Bench,
     config: SelfGuideConfig,
-    prompts: list[str],
+    prompts: list[Encoded],
     temperature: float,
     max_new_tokens: int,
     name: str,
     number: int,
 ) -> list[str]:
-    """What the model writes after prompts, without white space around it; prompts that are cut are refused."""
+    """What the model writes after prompts, without white space around it."""
     if not prompts:
         return []
-    encoded = join([_encode(bench, config, prompt) for prompt in prompts])
     texts = bench.replies(
-        encoded,
+        join(prompts),
         Sampling(temperature),
         name,
         max_new_tokens=max_new_tokens,

@@ -30,7 +30,9 @@ class Domain:
     source: str
 
 
-def load_domains(specs: Sequence[DomainConfig], *, validation_fraction: float, seed: int) -> list[Domain]:
+def load_domains(
+    specs: Sequence[DomainConfig], *, validation_fraction: float, seed: int, validation_most: int | None = None
+) -> list[Domain]:
     """Loads every domain and splits each into training and validation examples.
 
     Args:
@@ -38,6 +40,7 @@ def load_domains(specs: Sequence[DomainConfig], *, validation_fraction: float, s
       validation_fraction: share held out, in [0, 1). Where it is positive, a domain of two or more
         examples gets at least one validation and keeps at least one training example.
       seed: chooses the split and the subsample of `max_examples`.
+      validation_most: at most so many examples of a domain are held out; the others stay training examples.
 
     Returns:
       Domains in the order of `specs`; within a part the examples keep the order of the source.
@@ -55,6 +58,8 @@ def load_domains(specs: Sequence[DomainConfig], *, validation_fraction: float, s
     for spec in specs:
         examples = load_examples(spec, seed=seed)
         held_out = _validation_count(len(examples), validation_fraction)
+        if validation_most is not None:
+            held_out = min(held_out, validation_most)
         chosen = set(_lowest(examples, held_out, f"validation/{seed}/{spec.name}"))
         domains.append(
             Domain(

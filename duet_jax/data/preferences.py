@@ -80,6 +80,13 @@ def pair(chosen: Encoded, rejected: Encoded) -> Pairs:
     return Pairs(chosen.take(rows), rejected.take([place[chosen.ids[row]] for row in rows]))
 
 
+def differing(pairs: Pairs) -> Pairs:
+    """The pairs whose responses are not the same, as cutting may have left them: no loss tells those two apart."""
+    both = zip(pairs.chosen.tokens, pairs.rejected.tokens, strict=True)
+    rows = [row for row, (one, other) in enumerate(both) if not np.array_equal(one, other)]
+    return Pairs(pairs.chosen.take(rows), pairs.rejected.take(rows))
+
+
 def join_pairs(parts: Sequence[Pairs]) -> Pairs:
     """The pairs of all parts, one after the other."""
     return Pairs(join([part.chosen for part in parts]), join([part.rejected for part in parts]))
@@ -90,7 +97,7 @@ def load_pairs(config: PairsConfig, seed: int) -> list[Domain]:
 
     Args:
       config: where they are.
-      seed: of a subsample, and of what is held out.
+      seed: of subsamples, and of what is held out.
 
     Returns:
       The examples with the chosen responses and, where there is a column for them, those with the rejected ones: the
@@ -113,10 +120,10 @@ def load_pairs(config: PairsConfig, seed: int) -> list[Domain]:
 
 
 def _split(config: PairsConfig, column: str, seed: int) -> Domain:
-    spec = config.rows(column, config.source)
+    most = config.validation_examples
     fraction = config.validation_fraction if config.validation is None else 0.0
-    (found,) = load_domains([spec], validation_fraction=fraction, seed=seed)
-    if config.validation is not None:
-        held_out = replace(config.rows(column, config.validation), max_examples=None)
-        found = replace(found, validation=tuple(load_examples(held_out, seed=seed)))
-    return replace(found, validation=found.validation[: config.validation_examples])
+    (found,) = load_domains([config.rows(column)], validation_fraction=fraction, seed=seed, validation_most=most)
+    if config.validation is None or not most:
+        return found
+    rows = replace(config.rows(column), source=config.validation, split=config.validation_split, max_examples=most)
+    return replace(found, validation=tuple(load_examples(rows, seed=seed)))

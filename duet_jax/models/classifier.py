@@ -37,13 +37,15 @@ class Classifier(NamedTuple):
     pad_id: int | None
 
 
-def read_classifier(folder: Path, *, dtype: Any, labels: int = 1, kind: str = "reward model") -> Classifier:
+def read_classifier(
+    folder: Path, *, dtype: Any, labels: int | tuple[int, ...] = 1, kind: str = "reward model"
+) -> Classifier:
     """Reads a Hugging Face folder with safetensors weights.
 
     Args:
       folder: which.
       dtype: of the parameters.
-      labels: how many there must be.
+      labels: how many there must be, or may be.
       kind: what the model is, for messages.
 
     Raises:
@@ -57,15 +59,17 @@ def read_classifier(folder: Path, *, dtype: Any, labels: int = 1, kind: str = "r
     kept = used_shapes(tensors)
     kept.pop(NAMES["head"], None)
     found = kept.pop(SCORE, None)
-    if found != (labels, config.hidden_size):
+    counts = (labels,) if isinstance(labels, int) else labels
+    if found not in [(count, config.hidden_size) for count in counts]:
         there = "is not there" if found is None else f"has shape {list(found)}"
+        either = " or ".join(map(str, counts))
         raise ModelError(
             f"{folder} is no {kind}: the tensor {SCORE} {there}; it must have the shape "
-            f"[{labels}, {config.hidden_size}] of a sequence classifier with num_labels {labels}."
+            f"[{either}, {config.hidden_size}] of a sequence classifier with num_labels {either}."
         )
     params = stack(config, dataclasses.replace(tensors, shapes=kept), NAMES, dtype=dtype)
     tokenizer = read_tokenizer(folder)
     check_vocabulary(config, tokenizer, str(folder))
     given = raw.get("id2label") or {}
-    names = tuple(str(given.get(str(number), f"LABEL_{number}")) for number in range(labels))
+    names = tuple(str(given.get(str(number), f"LABEL_{number}")) for number in range(found[0]))
     return Classifier(config, params, tensors.read(SCORE), names, tokenizer, raw.get("pad_token_id"))

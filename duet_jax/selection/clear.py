@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from duet_jax.config import SelectorConfig
-from duet_jax.curation.asking import confidence
-from duet_jax.curation.confidence import known_mean
+from duet_jax.curation.asking import confidence, summary
 from duet_jax.curation.respondent import ModelRespondent
 from duet_jax.feedback import Deployed
 from duet_jax.selection.pool import Pool
@@ -17,7 +16,8 @@ from duet_jax.selection.pool import Pool
 def clear(pool: Pool, selector: SelectorConfig, folder: Path) -> list[np.ndarray]:
     """Confidence float64 `[examples]` in each domain's responses, in [0, 1]; see `curation.asking`.
 
-    It is -inf where no part of it can be had, as where all sampled answers are empty and nothing else has a weight.
+    It is -inf where no part of it can be had, as where the questions do not fit the model's context, or all sampled
+    answers are empty and nothing else has a weight.
 
     Args:
       pool: with `examples` and an `engine`; its model is asked as it is, not trained.
@@ -32,10 +32,5 @@ def clear(pool: Pool, selector: SelectorConfig, folder: Path) -> list[np.ndarray
     respondent = ModelRespondent(model, pool.fingerprint, selector.confidence, pool.seed)
     every = [example for part in pool.examples for example in part]
     found = confidence(respondent, every, selector.confidence, folder.parent / "confidence", pool.on_progress)
-    names = ("value", "similarity", "match", "reflection", "likelihood")
-    means = {name: float(known_mean(getattr(found, name))) for name in names}
-    parts = ", ".join(f"{name} {mean:.3g}" for name, mean in means.items() if not np.isnan(mean))
-    unknown = int(np.isnan(found.value).sum())
-    end = f"; {unknown} of {len(every)} examples have none and are not chosen" if unknown else ""
-    pool.say(f"clear: means of the confidence and its parts: {parts}{end}")
+    pool.say(f"clear: {summary(every, found)}")
     return np.split(np.nan_to_num(found.value, nan=-np.inf), np.cumsum([len(part) for part in pool.examples])[:-1])

@@ -107,6 +107,8 @@ class Pool:
             "examples": [part.digest for part in parts],
             "targets": [name for name, _ in self.targets],
         }
+        if not selector.trains:
+            del whole["training"]
         if selector.kind == "length_matched":
             whole["selection"] = _content(selector.path or "")
         if selector.reference is not None:

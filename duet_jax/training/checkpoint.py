@@ -60,7 +60,8 @@ class Checkpoints:
         """The newest checkpoint, or None where there is none.
 
         Args:
-          like: a tree of arrays, or of their shapes and shardings, as the state is to be laid out.
+          like: a tree of arrays, laid out as the state is to be. A checkpoint takes their place: they are deleted
+            before it is read, so that there are never two states in memory.
 
         Returns:
           Step, state and progress as they were saved.
@@ -82,5 +83,6 @@ class Checkpoints:
                     f"the folder {self._folder} to train this trial anew."
                 )
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
+        jax.tree.map(lambda x: x.delete(), like)
         restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))
         return step, restored["state"], about["progress"]

@@ -49,13 +49,14 @@ def test_each_text_is_read_as_by_itself(window: int | None, monkeypatch: pytest.
 
 
 @settings(max_examples=30)
-@given(st.integers(0, 10**6), st.integers(1, 6), st.integers(1, 1200))
+@given(st.integers(0, 10**6), st.integers(1, 6), st.integers(1, 2400))
 def test_rows_hold_every_text_once(seed: int, groups: int, longest: int) -> None:
     texts, owners = texts_of(np.random.default_rng(seed), groups, longest)
     rows = branches.rows_of(texts, owners)
     assert sorted(number for row in rows for number in row.texts) == list(range(len(texts)))
     for row in rows:
-        assert len(row.tokens) <= branches.LONGEST or len(row.texts) == 1
+        shared = int((row.branches == branches.BEGINNING).sum())
+        assert len(row.tokens) <= max(branches.LONGEST, 2 * shared) or len(row.texts) == 1
         assert len(row.texts) == len(row.ends) <= branches.MOST_BRANCHES
         start = row.branches == branches.BEGINNING
         for branch, (number, end) in enumerate(zip(row.texts, row.ends, strict=True), start=1):
@@ -71,3 +72,22 @@ def test_what_is_shared_is_read_once() -> None:
     (row,) = branches.rows_of(texts, [0] * 6)
     assert len(row.tokens) == 100 + 6 * 2
     assert sum(len(row.tokens) for row in branches.rows_of(texts, range(6))) == 6 * 102
+    # However long it is; what follows it is bounded, since attention costs the square of a row.
+    start = np.arange(3000) % 11
+    texts = [np.concatenate([start, np.full(300, i)]).astype(np.int32) for i in range(6)]
+    assert [len(row.tokens) for row in branches.rows_of(texts, [0] * 6)] == [3000 + 3 * 300] * 2
+
+
+def test_rows_take_little_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes: list[tuple[int, ...]] = []
+
+    def read(params: object, lora: object, readout: np.ndarray, tokens: np.ndarray, *rest: object) -> np.ndarray:
+        shapes.append(tokens.shape)
+        return np.zeros((len(tokens), branches.MOST_BRANCHES, len(readout)))
+
+    monkeypatch.setattr(branches, "compiled", lambda config, compute_dtype: read)
+    texts = [np.zeros(1100, np.int32)] * 4
+    branches.read_ends(
+        SHAPE, {}, None, np.zeros((1, 16)), texts, range(4), pad_id=0, batch_tokens=2560, compute_dtype=jnp.float32
+    )  # type: ignore[arg-type]
+    assert shapes == [(1, 1280)] * 4

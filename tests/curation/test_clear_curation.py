@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import base64
+import gc
 import hashlib
 import html.parser
 import io
 import json
 import re
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,10 +23,10 @@ from duet_jax import cli
 from duet_jax import config as configs
 from duet_jax.config import ClearConfig, ConfidenceConfig, DomainConfig
 from duet_jax.curate import curate
-from duet_jax.curation import audit
-from duet_jax.curation.clear import Settled, settle
+from duet_jax.curation import audit, clear
+from duet_jax.curation.clear import Settled, file_of, settle
 from duet_jax.curation.decisions import Action
-from duet_jax.curation.respondent import ModelRespondent
+from duet_jax.curation.respondent import ModelRespondent, Reply
 from duet_jax.data import Example, load_examples
 from duet_jax.display import Display
 from duet_jax.errors import DataError
@@ -41,14 +43,11 @@ TEMPLATES: dict[str, Any] = {
 class Oracle:
     """Knows what is right of each prompt, or as a judge always says one letter; is `sure` of an option so far."""
 
-    identity, writing = "oracle", ""
+    identity, writing, longest = "oracle", "", 10**6
 
     def __init__(self, right: dict[str, str], letter: str | None = None, sure: float = 1.0) -> None:
         self.right, self.letter, self.sure = right, letter, sure
         self.judged: list[str] = []
-
-    def check(self, examples: Sequence[Example], *, writes: bool) -> None:
-        pass
 
     def sizes(self, examples: Sequence[Example]) -> list[int]:
         return [len(str(example.prompt)) for example in examples]
@@ -56,8 +55,10 @@ class Oracle:
     def log_probs(self, examples: Sequence[Example]) -> np.ndarray:
         return np.tile([-1.0, 2.0], (len(examples), 1))
 
-    def answers(self, examples: Sequence[Example], samples: int) -> list[list[str]]:
-        return [[self._answer(str(example.prompt))] * samples for example in examples]
+    def answers(
+        self, examples: Sequence[Example], samples: int, max_new_tokens: int, stop: Sequence[str] = ()
+    ) -> list[list[Reply]]:
+        return [[Reply(self._answer(str(example.prompt)), True)] * samples for example in examples]
 
     def options(self, questions: Sequence[Example], groups: Sequence[int], words: Sequence[str]) -> np.ndarray:
         return np.array([self._one(str(question.prompt), list(words)) for question in questions])
@@ -271,7 +272,7 @@ def opinionated(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    names = ("curated.jsonl", "audit.jsonl", "audit.parquet", "audit.html")
+    names = ("curated-a.jsonl", "curated-b.jsonl", "audit.jsonl", "audit.parquet", "audit.html")
     return {name: (folder / name).read_bytes() for name in names}
 
 
@@ -301,17 +302,18 @@ def test_data_in_curated_data_and_its_audit_out(
     assert summary.startswith(f"16 examples: {' · '.join(f'{a} {n}' for a, n in counted.items())} (a: keep ")
     assert counted[Action.KEEP] and counted[Action.DROP] and counted[Action.CORRECT]
 
-    # It is a domain again, in the form of conversations; a corrected example lost what belonged to its old target.
-    again = load_examples(DomainConfig(name="d", source=str(out / "curated.jsonl"), messages="messages"))
-    left = [row for row in rows if row["action"] != "drop"]
-    assert {row["action"] for row in left if row["domain"] == "a"} == {"keep", "correct"}
-    assert [example.response for example in again] == [row["response"] for row in left]
-    given = {f"e{i}": f"ABC Yes No {'abc'[i % 3]}" for i in range(12)}
-    for example, row in zip(again, left, strict=True):
-        assert example.meta["clear"]["action"] == row["action"] and example.meta["domain"] == row["domain"]
-        if row["domain"] == "a":
-            assert example.prompt == ({"role": "user", "content": given[row["id"]]},)
-        assert example.answers == () or row["action"] == "keep"
+    # Each domain is one again, with its prompts as they were, texts in one and conversations in the other; a corrected
+    # example lost what belonged to its old target.
+    for name, changes in (("a", {}), ("b", {"messages": "messages"})):
+        again = load_examples(DomainConfig(name=name, source=str(out / f"curated-{name}.jsonl"), **changes))
+        left = [row for row in rows if row["action"] != "drop" and row["domain"] == name]
+        before_ = load_examples(DomainConfig(name=name, source=str(tmp_path / f"{name}.jsonl"), **changes))
+        given = {example.id: example.prompt for example in before_}
+        assert name == "b" or {row["action"] for row in left} == {"keep", "correct"}
+        assert [example.response for example in again] == [row["response"] for row in left]
+        for example, row in zip(again, left, strict=True):
+            assert example.meta["clear"]["action"] == row["action"] and example.prompt == given[row["id"]]
+            assert example.answers == () or row["action"] == "keep"
 
     # By a second run nothing is trained, sampled or asked.
     def refuse(*args: Any, **kwargs: Any) -> None:
@@ -347,6 +349,54 @@ def test_data_in_curated_data_and_its_audit_out(
     assert contents(tmp_path / "killed") == before
 
 
+def test_a_domain_has_a_file_whatever_its_name() -> None:
+    assert [file_of(name) for name in ("a", "a/b", "a%2Fb", "ü b")] == [
+        "curated-a.jsonl",
+        "curated-a%2Fb.jsonl",
+        "curated-a%252Fb.jsonl",
+        "curated-ü b.jsonl",
+    ]
+
+
+def log_of(folder: Path) -> str:
+    return "\n".join(json.loads((folder / "curation.json").read_text())["log"])
+
+
+def test_cut_proposals_and_long_examples_correct_nothing_and_end_nothing(
+    tmp_path: Path, tree: dict[str, Any], opinionated: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (tmp_path / "a.jsonl").open("a") as file:
+        file.write(json.dumps({"id": "long", "prompt": "abc" * 30, "response": "A"}) + "\n")
+    alive: list[weakref.ref] = []
+    fit = Trainer.fit
+
+    def deployed(*args: Any) -> Deployed:
+        found = Deployed(*args)
+        alive.append(weakref.ref(found))
+        return found
+
+    def fitted(self: Trainer, *args: Any, **kwargs: Any) -> Any:
+        # The model that was asked is not kept while another one is trained.
+        gc.collect()
+        assert alive and not any(one() is not None for one in alive)
+        return fit(self, *args, **kwargs)
+
+    monkeypatch.setattr(clear, "Deployed", deployed)
+    monkeypatch.setattr(Trainer, "fit", fitted)
+    out = tmp_path / "out"
+    # A letter alone has no end yet.
+    curate(load(tmp_path, tree, "clear.max_new_tokens=1"), out, quiet=True)
+    rows = [json.loads(line) for line in (out / "audit.jsonl").read_text().splitlines()]
+    assert {row["action"] for row in rows} == {"keep", "drop"}
+    assert {row["proposal"] for row in rows} == {""} and {row["better"] for row in rows} == {False}
+    (long,) = [row for row in rows if row["id"] == "long"]
+    assert long["action"] == "drop" and long["confidence"] is None
+    said = log_of(out)
+    assert "clear: 1 of 17 examples are too long to be corrected ('long')" in said
+    assert "clear: 16 of 16 proposals had not ended after 1 tokens and are not judged" in said
+    assert "1 of 17 examples have none and are left out; 1 are longer than the model takes with the questions" in said
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
@@ -357,7 +407,11 @@ def test_data_in_curated_data_and_its_audit_out(
         (["clear.quantile=2"], "clear.quantile is 2.0; it must be in [0, 1]."),
         (["clear.preference_template=x"], "clear.preference_template is 'x'; it must be a text with {first}"),
         (["clear.confidence.alpha=2"], "clear.confidence.alpha is 2.0; it must be in [0, 1]."),
-        (["clear.max_new_tokens=96"], "tokens, which with 96 tokens after it are more than the 96 that the model"),
+        (["clear.max_new_tokens=96"], "clear: of none of 16 examples a proposal of up to 96 tokens and the questions"),
+        (
+            ["clear.confidence.max_new_tokens=96"],
+            "no question about any of 16 examples, such as 'e0', fits into",
+        ),
     ],
 )
 def test_mistakes_are_told_before_anything_is_computed(

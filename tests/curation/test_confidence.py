@@ -20,7 +20,7 @@ from duet_jax import models
 from duet_jax.config import ConfidenceConfig
 from duet_jax.curation import asking
 from duet_jax.curation.answers import answer
-from duet_jax.curation.asking import confidence, dressed
+from duet_jax.curation.asking import askable, confidence, dressed, summary
 from duet_jax.curation.confidence import (
     combine,
     consistency,
@@ -30,8 +30,8 @@ from duet_jax.curation.confidence import (
     similarity,
 )
 from duet_jax.curation.parts import in_parts
-from duet_jax.curation.reflection import ORDERS, questions, reflect
-from duet_jax.curation.respondent import ModelRespondent
+from duet_jax.curation.reflection import ORDERS, questions, reflect, taken
+from duet_jax.curation.respondent import ModelRespondent, Reply
 from duet_jax.data import Example
 from duet_jax.data.characters import CharacterTokenizer
 from duet_jax.errors import ConfigError, DataError, ModelError
@@ -122,6 +122,20 @@ def test_empty_samples_count_neither_way() -> None:
         ('{"a": 1, "b": "The X"}', 'Sure: {"b": "x", "a": 1} as asked', True),
         ('{"a": 1}', '{"a": 2}', False),
         ('{"a": 1}', "a is 1", False),
+        ('{"a": 1}', 'as [asked]: {"a": 1}', True),
+        ("[1] is the source. answer: Rome", "answer: Paris", False),
+        ("see [1]", "see [1]", True),
+        ("-5", "5", False),
+        ("x = -5", "x = 5", False),
+        ("3.5", "35", False),
+        ("1/2", "12", False),
+        ("1/2", "answer: 0.50", True),
+        ("3.5 m", "35 m", False),
+        ("$1,000", "1000", True),
+        ('{"a": "-5"}', '{"a": "5"}', False),
+        ("A", "answer: a.", True),
+        ("A", "the", False),
+        ("+", "-", False),
         ("no answer: ", "some answer", False),
     ],
 )
@@ -143,9 +157,7 @@ class Toy:
     seed: int = 0
     identity: str = "toy"
     writing: str = ""
-
-    def check(self, examples: Sequence[Example], *, writes: bool) -> None:
-        pass
+    longest: int = 10**6
 
     def sizes(self, examples: Sequence[Example]) -> list[int]:
         return [len(example.prompt) for example in examples]
@@ -154,10 +166,12 @@ class Toy:
         others = sorted(set(self.right.values()) - {self.right[prompt]})
         return str(rng.choice(others)) if rng.random() < self.error else self.right[prompt]
 
-    def answers(self, examples: Sequence[Example], samples: int) -> list[list[str]]:
+    def answers(
+        self, examples: Sequence[Example], samples: int, max_new_tokens: int, stop: Sequence[str] = ()
+    ) -> list[list[Reply]]:
         prompts = [str(example.prompt).removeprefix("say: ") for example in examples]
         rng = np.random.default_rng([self.seed, len(prompts)])
-        return [[self._says(rng, prompt) for _ in range(max(samples, 1))] for prompt in prompts]
+        return [[Reply(self._says(rng, prompt), True) for _ in range(max(samples, 1))] for prompt in prompts]
 
     def options(self, asked: Sequence[Example], groups: Sequence[int], words: Sequence[str]) -> np.ndarray:
         found = np.zeros((len(asked), len(words)))
@@ -323,13 +337,95 @@ def test_written_reflections_are_searched_for_the_option() -> None:
     texts = ["It fits. Answer: A", "(B)", "who knows", "I am not sure"]
 
     class Writer(Toy):
-        def answers(self, examples: Sequence[Example], samples: int) -> list[list[str]]:
-            assert samples == 0 and len(examples) == 4
-            return [[text] for text in texts]
+        def answers(
+            self, examples: Sequence[Example], samples: int, max_new_tokens: int, stop: Sequence[str] = ()
+        ) -> list[list[Reply]]:
+            # Neither the stop nor the limit of sampled answers.
+            assert samples == 0 and len(examples) == 4 and max_new_tokens == 99 and not stop
+            return [[Reply(text, True)] for text in texts]
 
-    config = dataclasses.replace(SHORT, reflection="text")
+    config = dataclasses.replace(SHORT, reflection="text", reflection_max_new_tokens=99, stop=("\n",))
     found = reflect(Writer({}, 0), [Example("a", "p", "r"), Example("b", "p", "r")], config)
     np.testing.assert_array_equal(found @ [1, 0, 0.5], [[1, 0], [0.5, 0.5]])
+
+
+@pytest.mark.parametrize(
+    ("text", "option"),
+    [
+        ("The answer is not correct.", None),
+        ("This is not correct.", None),
+        ("I doubt that the answer is correct, for it is not.", None),
+        ("The answer is not (A).", None),
+        ("A wrong one.", None),
+        ("A: Correct", 0),
+        ("The answer is correct. So:\nAnswer: **B**\n", 1),
+        ("answer is C", 2),
+        ("The proposed answer is correct.", 0),
+        ("Incorrect", 1),
+        ("", None),
+    ],
+)
+def test_an_option_among_other_words_is_not_taken(text: str, option: int | None) -> None:
+    assert taken(text) == option
+
+
+def test_an_answer_without_confidence_is_not_given(tmp_path: Path) -> None:
+    class Silent(Toy):
+        def answers(
+            self, examples: Sequence[Example], samples: int, max_new_tokens: int, stop: Sequence[str] = ()
+        ) -> list[list[Reply]]:
+            return [[Reply("" if samples else "yes", True)] * max(samples, 1) for _ in examples]
+
+    found = answer(Silent({}, 0), EXAMPLES[:2], dataclasses.replace(SHORT, beta=1.0), tmp_path)
+    np.testing.assert_array_equal(found.confidence, [0, 0])
+    assert found.texts == ("yes", "yes") and found.given(0.1) == (None, None)
+
+
+def test_another_response_is_compared_with_the_same_samples(tmp_path: Path) -> None:
+    examples, _, right = planted(10, 0.2, 1)
+    first = confidence(Toy(right, 0.5), examples, SHORT, tmp_path)
+    edited = [dataclasses.replace(examples[0], response="w9"), *examples[1:]]
+    second = confidence(Toy(right, 0.5, seed=1), edited, SHORT, tmp_path)
+    assert second.samples == first.samples and len(list(tmp_path.glob("samples-*"))) == 1
+    assert len(list(tmp_path.glob("reflection-*"))) == 2
+
+
+def test_what_is_too_long_has_no_confidence_and_ends_nothing(model: Deployed, tmp_path: Path) -> None:
+    respondent = ModelRespondent(model, "f", SHORT, seed=3)
+    long = [Example(f"long{i}", "p" * 250, "yes") for i in range(4)]
+    found = confidence(respondent, [long[0], *EXAMPLES, *long[1:]], SHORT, tmp_path)
+    whole = confidence(respondent, EXAMPLES, SHORT, tmp_path)
+    assert found.asked.tolist() == [False] + [True] * 5 + [False] * 3
+    for one, other in zip(found, whole, strict=True):
+        np.testing.assert_array_equal(one[1:6], other)
+    assert all(np.isnan(getattr(found, name)[[0, 6]]).all() for name in ("value", "options", "matches", "log_prob"))
+    said = summary([long[0], *EXAMPLES, *long[1:]], found)
+    assert "4 of 9 examples have none and are left out" in said
+    assert said.endswith("4 are longer than the model takes with the questions ('long0', 'long1', 'long2', ...)")
+    # Each kind of question by itself: room is left for what is written.
+    example = [Example("x", "p" * 120, "r" * 30)]
+    assert askable(respondent, example, SHORT).all() and not askable(respondent, example, SHORT, 60).any()
+    for change in ({"max_new_tokens": 110, "beta": 1.0}, {"reflection": "text", "reflection_max_new_tokens": 100}):
+        assert not askable(respondent, example, dataclasses.replace(SHORT, **change)).any()
+    # What is scored is not cut either.
+    assert np.isnan(respondent.log_probs([Example("x", "p" * 200, "r" * 100)])).all()
+
+
+def test_lengths_are_counted_in_chunks(model: Deployed, monkeypatch: pytest.MonkeyPatch) -> None:
+    respondent = ModelRespondent(model, "f", SHORT, seed=3)
+    whole = respondent.sizes(EXAMPLES)
+    monkeypatch.setattr(asking, "CHUNK", 2)
+    monkeypatch.setattr("duet_jax.curation.respondent.CHUNK", 2)
+    counted: list[int] = []
+    encode = ModelRespondent._encode
+
+    def count(self: ModelRespondent, examples: Sequence[Example]) -> Any:
+        counted.append(len(examples))
+        return encode(self, examples)
+
+    monkeypatch.setattr(ModelRespondent, "_encode", count)
+    assert respondent.sizes(EXAMPLES) == whole and askable(respondent, EXAMPLES, SHORT).tolist() == [True] * 5
+    assert max(counted) == 2
 
 
 def test_a_model_answers_with_its_confidence(model: Deployed, tmp_path: Path) -> None:
@@ -350,6 +446,7 @@ def test_templates_go_around_the_last_message() -> None:
     assert dressed(EXAMPLES[0], "say: {prompt}").prompt == "say: one?"
     found = dressed(EXAMPLES[4], "say: {prompt}").prompt
     assert found == ({"role": "system", "content": "be good"}, {"role": "user", "content": "say: hi"})
+    assert dressed(Example("x", (), "a reply alone"), "say: {prompt}").prompt == "say: "
 
 
 def test_mistakes_are_named_before_anything_is_computed(model: Deployed, tmp_path: Path) -> None:
@@ -359,12 +456,16 @@ def test_mistakes_are_named_before_anything_is_computed(model: Deployed, tmp_pat
 
     with pytest.raises(DataError, match="example 'x' has no response"):
         run(Example("x", "p", ""))
-    with pytest.raises(
-        DataError, match=r"example 'x': a question about it has \d+ tokens, which are more than the 256"
-    ):
+    message = "no question about any of 1 examples, such as 'x', fits into the 256 tokens that the model takes"
+    with pytest.raises(DataError, match=message):
         run(Example("x", "p" * 256, "r"))
-    with pytest.raises(DataError, match="tokens, which with 200 tokens after it are more than the 256"):
+    with pytest.raises(DataError, match=message):
         run(Example("x", "p" * 60, "r"), max_new_tokens=200)
+    config = dataclasses.replace(SHORT, max_new_tokens=200)
+    with pytest.raises(
+        DataError, match="'x': its prompt of 62 tokens and an answer of up to 200 are more than the 256"
+    ):
+        answer(ModelRespondent(model, "f", config, seed=0), [Example("x", "p" * 60, "")], config, tmp_path)
     assert not list(tmp_path.rglob("*.json"))
     with pytest.raises(ModelError, match="random cannot choose between Yes, Yonder: .* must all differ"):
         ModelRespondent(model, "f", SHORT, 0).options([EXAMPLES[0]], [0], ("Yes", "Yonder"))
@@ -379,6 +480,10 @@ def test_mistakes_are_named_before_anything_is_computed(model: Deployed, tmp_pat
         ({"function": "a:b"}, "function has no meaning; leave it out where contradiction is 'judge'"),
         ({"sample_template": "{question}"}, "sample_template is '{question}'; it must be a text with {prompt}"),
         ({"reflection_templates": ("{prompt} {",)}, r"reflection_templates.0 is .*, no template"),
+        (
+            {"contradiction": "python", "function": "a:b", "contradiction_template": "{first} {second}"},
+            "contradiction_template has no meaning; leave it out where contradiction is 'python'",
+        ),
     ],
 )
 def test_configurations_that_are_none(change: dict, message: str) -> None:
@@ -393,8 +498,11 @@ def test_parts_follow_sizes_and_are_computed_once(tmp_path: Path) -> None:
         seen.append(rows)
         return [{"row": row, "text": "\x00é"} for row in rows]
 
-    def run() -> list[Any]:
-        return in_parts(tmp_path, "work", [1], [5, 1, 3], compute, part=2)
+    def run(sizes: Sequence[int] = (5, 1, 3), part: int = 2) -> list[Any]:
+        return in_parts(tmp_path, "work", [1], sizes, compute, part=part)
 
     assert [one["row"] for one in run()] == [0, 1, 2] and seen == [[1, 2], [0]]
     assert run() == run() and len(seen) == 2
+    # Other sizes and parts of another size have files of their own.
+    assert run(part=1) == run((1, 2, 3)) == run((1, 2, 3, 4))[:3] == run()
+    assert seen[2:] == [[1], [2], [0], [0, 1], [2], [0, 1], [2, 3]]

@@ -15,8 +15,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from duet_jax import models
+from duet_jax._confidence_config import CONTRADICTION
 from duet_jax.config import ConfidenceConfig
-from duet_jax.curation.contradiction import Pair, build_contradiction, outside, sentences
+from duet_jax.curation.contradiction import Pair, build_contradiction, outside, question, sentences
 from duet_jax.curation.respondent import Respondent
 from duet_jax.data import Example
 from duet_jax.data.characters import CharacterTokenizer
@@ -35,6 +36,7 @@ SHAPE = llama.LlamaConfig(
     max_length=512,
 )
 LABELS = {"0": "entailment", "1": "neutral", "2": "Contradiction"}
+NAN = float("nan")
 SCORE = np.random.default_rng(0).normal(size=(3, 16)).astype(np.float32)
 NOBODY: Respondent = None  # type: ignore[assignment]  # is not asked
 
@@ -86,6 +88,18 @@ def test_a_classifier_reads_pairs_and_the_worst_sentence_of_long_ones(tmp_path: 
     assert values[2] == pytest.approx(max(expected[2], alone("yes", last)), abs=1e-5)
 
 
+def test_by_itself_a_classifier_reads_premise_and_hypothesis() -> None:
+    assert ConfidenceConfig(contradiction="nli", model="m").pair_template == "premise: {first}\nhypothesis: {second}"
+    assert ConfidenceConfig().pair_template == CONTRADICTION
+
+
+def test_pairs_that_are_too_long_have_no_probability(tmp_path: Path) -> None:
+    found = build_contradiction(config(save(tmp_path / "nli")), NOBODY)
+    values = found.function([pair("yes", "no"), pair("y" * 600, "no"), pair("yes", "a. " * 64 + "n" * 600)])
+    assert np.isnan(values).tolist() == [False, True, True]
+    np.testing.assert_array_equal(np.isnan(found.function([pair("y" * 600, "no")])), [True])
+
+
 def test_long_texts_are_split_into_sentences() -> None:
     assert sentences("One. Two.") == ["One. Two."]
     words = "w " * 70
@@ -106,6 +120,7 @@ def test_classifiers_that_are_none(tmp_path: Path) -> None:
 
 def test_the_files_of_a_classifier_decide(tmp_path: Path) -> None:
     folder = save(tmp_path / "nli")
+    (folder / "1_Pooling").mkdir()
     before = outside(config(folder)), build_contradiction(config(folder), NOBODY).identity
     save(tmp_path / "nli", score=SCORE + 1)
     after = outside(config(folder)), build_contradiction(config(folder), NOBODY).identity
@@ -135,14 +150,17 @@ def test_a_function_is_given_both_lists(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_the_model_itself_says_yes_or_no() -> None:
     class Sayer:
-        identity = "sayer"
+        identity, longest = "sayer", 200
+
+        def sizes(self, examples: Sequence[Example]) -> list[int]:
+            return [len(str(example.prompt)) for example in examples]
 
         def options(self, questions: Sequence[Example], groups: Sequence[int], words: Sequence[str]) -> np.ndarray:
             assert words == ("Yes", "No") and list(groups) == [0, 0]
+            assert max(self.sizes(questions)) <= self.longest
             yes = np.array([0.9 if "First answer: a" in str(question.prompt) else 0.2 for question in questions])
             return np.stack([yes, 1 - yes], axis=1)
 
     found = build_contradiction(ConfidenceConfig(), Sayer())  # type: ignore[arg-type]
-    np.testing.assert_allclose(found.function([pair("a", "b"), pair("b", "a")]), [0.9, 0.2])
-    assert found.question is not None
-    assert "Question: why?\n" in str(found.question(pair("a", "b")).prompt)
+    np.testing.assert_allclose(found.function([pair("a", "b"), pair("b", "a"), pair("a" * 200, "b")]), [0.9, 0.2, NAN])
+    assert "Question: why?\n" in str(question(pair("a", "b"), CONTRADICTION).prompt)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,9 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from duet_jax.config import ConfidenceConfig
-from duet_jax.curation.correction import Verdicts, decide, judge, prefers
+from duet_jax.config import ClearConfig, ConfidenceConfig
+from duet_jax.curation.correction import Verdicts, correctable, decide, judge, prefers
 from duet_jax.curation.decisions import Action, Filter, actions, auto_correct, auto_filter
+from duet_jax.curation.respondent import Reply
 from duet_jax.data import Example
 
 CONFIG = ConfidenceConfig(samples=0)
@@ -50,6 +52,12 @@ def test_of_conflicting_targets_the_most_confident_stays() -> None:
     found = auto_filter(np.array([0.6, 0.7, 0.4, 0.5, 0.1]), pairs, threshold=0.3)
     assert found.kept.tolist() == [False, True, True, True, False]
     assert found.beaten.tolist() == [True, False, False, False, False]
+    # A target at or below its own threshold takes nobody's place.
+    found = auto_filter(
+        np.array([0.6, 0.9, 0.5, 0.1]), [("x", "1"), ("y", "1"), ("x", "2"), ("z", "1")], groups=[*"aabb"]
+    )
+    np.testing.assert_allclose(found.thresholds, [0.75, 0.75, 0.3, 0.3])
+    assert found.kept.tolist() == [False, True, True, False] and not found.beaten.any()
     # The first of equals.
     assert auto_filter(np.full(2, 0.5), [("x", "1"), ("x", "2")], threshold=0.3).kept.tolist() == [True, False]
 
@@ -103,14 +111,11 @@ def test_c7_thresholds_are_monotone(rows: list, gammas: tuple, etas: tuple) -> N
 class Judge:
     """Answers with a fixed letter, or knows which answer is right."""
 
-    identity, writing = "judge", ""
+    identity, writing, longest = "judge", "", 10**6
 
     def __init__(self, letter: str | None = None, right: dict[str, str] | None = None, sure: float = 0.95) -> None:
         self.letter, self.right, self.sure = letter, right, sure
         self.asked: list[str] = []
-
-    def check(self, examples: Sequence[Example], *, writes: bool) -> None:
-        pass
 
     def sizes(self, examples: Sequence[Example]) -> list[int]:
         return [len(str(example.prompt)) for example in examples]
@@ -118,7 +123,9 @@ class Judge:
     def log_probs(self, examples: Sequence[Example]) -> np.ndarray:
         return np.tile([-1.0, 2.0], (len(examples), 1))
 
-    def answers(self, examples: Sequence[Example], samples: int) -> list[list[str]]:
+    def answers(
+        self, examples: Sequence[Example], samples: int, max_new_tokens: int, stop: Sequence[str] = ()
+    ) -> list[list[Reply]]:
         raise AssertionError("nothing is to be written")
 
     def options(self, questions: Sequence[Example], groups: Sequence[int], words: Sequence[str]) -> np.ndarray:
@@ -180,6 +187,24 @@ def test_a_judge_that_knows_accepts_what_is_right(tmp_path: Path, acceptance: An
     asked = len(critic.asked)
     judge(critic, examples, proposals, CONFIG, tmp_path, acceptance=acceptance, template="{prompt}|{first}|{second}")
     assert len(critic.asked) == asked
+
+
+def test_what_is_too_long_for_the_judge_is_not_corrected(tmp_path: Path) -> None:
+    examples = [Example("short", "x0", "old"), Example("long", "y" * 90, "old"), Example("longer", "z" * 300, "old")]
+    critic = Judge(right={example.prompt: "new" for example in examples})  # type: ignore[misc]
+    # The questions about the verdict on the second one are too long, and the question for the judge of the third.
+    critic.longest = 260
+    arguments: Any = {"template": "{prompt}|{first}|{second}"}
+    found = judge(critic, examples, ["new", "new", "n" * 40], CONFIG, tmp_path, **arguments)
+    assert found.better.tolist() == [True, True, False] and np.isnan(found.first).any(axis=1).tolist() == [0, 0, 1]
+    assert np.isnan(found.acceptance).tolist() == [False, True, True]
+    alone = judge(critic, examples[1:2], ["new"], CONFIG, tmp_path, **arguments)
+    assert alone.better.all() and np.isnan(alone.acceptance).all()
+    # That is known beforehand, with as much room as a proposal may need.
+    config = ClearConfig(confidence=CONFIG, preference_template="{prompt}|{first}|{second}", max_new_tokens=30)
+    assert correctable(critic, examples, config).tolist() == [True, False, False]
+    judged = dataclasses.replace(config, acceptance="probability")
+    assert correctable(critic, examples, judged).tolist() == [True, True, False]
 
 
 def test_c9_planted_noise_end_to_end(tmp_path: Path) -> None:

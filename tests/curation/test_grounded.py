@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import string
 from collections.abc import Sequence
 from functools import cache
@@ -97,6 +98,33 @@ def test_a_classifier_gives_the_second_label(tmp_path: Path) -> None:
     score = np.linspace(-1, 1, 32, dtype=np.float32).reshape(2, 16)
     save_file({**tensors, "score.weight": score}, tmp_path / "model.safetensors")
     expected = [jax.nn.softmax(score @ last("\n".join(pair)))[1] for pair in PAIRS]
+    np.testing.assert_allclose(build(config).function(PAIRS), expected, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("labels", "supports"),
+    [
+        (["SUPPORTS", "REFUTES", "NOT ENOUGH INFO"], 0),
+        (["contradiction", "neutral", "entailment"], 2),
+        (["entailment", "not_entailment"], 0),
+        (["LABEL_0", "LABEL_1"], 1),
+        (["LABEL_0", "LABEL_1", "LABEL_2"], None),
+        (["unsupported", "no"], None),
+    ],
+)
+def test_the_label_of_support_is_found_by_its_name(tmp_path: Path, labels: list[str], supports: int | None) -> None:
+    models.save(models.Model(CONFIG, params(), TOKENIZER, "random", ""), tmp_path)
+    score = np.random.default_rng(0).normal(size=(len(labels), 16)).astype(np.float32)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file({**tensors, "score.weight": score}, tmp_path / "model.safetensors")
+    raw = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(raw | {"id2label": dict(enumerate(labels))}))
+    config = GroundedConfig(scorer="classifier", model=str(tmp_path), batch_size=2)
+    if supports is None:
+        with pytest.raises(ModelError, match="the name of exactly one must begin with entail or support"):
+            build(config)
+        return
+    expected = [jax.nn.softmax(score @ last("\n".join(pair)))[supports] for pair in PAIRS]
     np.testing.assert_allclose(build(config).function(PAIRS), expected, atol=2e-5)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import string
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -73,3 +74,17 @@ def test_norms_and_sparsity_of_a_model() -> None:
         worth = np.abs(np.asarray(before)) * np.asarray(values)[:, :, None]
         assert (np.where(gone, worth, -np.inf).max(1) <= np.where(gone, np.inf, worth).min(1)).all()
     assert pruned["embedding"] is params["embedding"]
+    compiled: list[str] = []
+
+    def listen(event: str, *_: Any, **__: Any) -> None:
+        compiled.append(event)
+
+    # Another candidate set compiles nothing anew.
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        prune_all(params, norms, 0.29)
+        again = len(compiled)
+        prune_all(params, norms, 0.5)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert again == 0 < len(compiled)

@@ -45,12 +45,21 @@ def model() -> Deployed:
     return Deployed(Engine(base, False, (8, 16, 24)), params)
 
 
+@jax.jit
+def every_logit(params: llama.Params, ids: jax.Array) -> jax.Array:
+    return llama.hidden_states(CONFIG, params, ids[None])[0] @ llama.output_head(params).T
+
+
+def logits(model: Deployed, ids: list[int]) -> np.ndarray:
+    """Logits `[T, V]` after each of some ids, one text at a time, at one padded length."""
+    return np.asarray(every_logit(model.params, jnp.asarray(np.pad(ids, (0, 32 - len(ids))))))[: len(ids)]
+
+
 def log_probs(model: Deployed, prompt: str, response: str) -> np.ndarray:
     """Log-probability of each response token and the end of text, one forward pass without batching."""
     start = [TOKENIZER.bos_id, *TOKENIZER.encode(prompt + "\n" if prompt else "")]
     ids = [*start, *TOKENIZER.encode(response), TOKENIZER.eos_ids[0]]
-    hidden = llama.hidden_states(CONFIG, model.params, jnp.asarray([ids]))
-    every = jax.nn.log_softmax(hidden[0] @ llama.output_head(model.params).T)
+    every = np.asarray(jax.nn.log_softmax(logits(model, ids)))
     return np.array([every[t - 1, ids[t]] for t in range(len(start), len(ids))])
 
 
@@ -111,8 +120,7 @@ def test_generated_answers_are_compared_with_the_accepted_ones(model):
         ids = [TOKENIZER.bos_id, *TOKENIZER.encode(prompt + "\n" if prompt else "")]
         start = len(ids)
         for _ in range(6):
-            hidden = llama.hidden_states(CONFIG, model.params, jnp.asarray([ids]))
-            ids.append(int(jnp.argmax(hidden[0, -1] @ llama.output_head(model.params).T)))
+            ids.append(int(logits(model, ids)[-1].argmax()))
         reply = ids[start:]
         replies.append(TOKENIZER.decode(reply[: reply.index(2)] if 2 in reply else reply))
     wrong = [text + "h" for text in replies]

@@ -120,6 +120,7 @@ def test_both_invert_a_fisher_matrix_that_is_a_kronecker_product(damping):
     close(kfac.precondition({"q": eigen}, {"q": target}, damping)["q"], expected, 1e-4)
 
 
+@pytest.mark.slow
 def test_preconditioned_targets_and_whitened_sketches_give_the_same_influences():
     params, lora, tokens, weights = problem()
     gradients, curvature = fitted("lora")

@@ -73,6 +73,7 @@ def test_greedy_takes_the_first_of_the_best():
     assert sampled.tolist() == [0, 0]
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.floats(-30, 30, width=32), min_size=2, max_size=12, unique=True),

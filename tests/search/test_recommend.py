@@ -59,6 +59,7 @@ def test_least_shares_are_kept() -> None:
     np.testing.assert_allclose(best, [0.8, 0.1, 0.1, 0, 0], atol=1e-9)
 
 
+@pytest.mark.slow
 def test_leaving_out_is_in_order_and_never_beyond_chance(linear) -> None:  # type: ignore[no-untyped-def]
     """The loss of what is left out against the joint posterior by plain linear algebra."""
     search, state = linear

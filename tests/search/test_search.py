@@ -293,7 +293,8 @@ def test_float32_agrees_with_float64_within_the_noise_floor():
     assert np.all(np.isfinite(np.asarray(narrow.mixture))) and abs(float(narrow.mixture.sum()) - 1) < 1e-6
 
 
-@pytest.mark.parametrize("acquisition", ["log_ei", pytest.param("thompson", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("acquisition", ["log_ei", "thompson"])
 def test_other_acquisitions_find_the_optimum(acquisition):
     search = Search(num_domains=D, acquisition=acquisition)
     state = search.init()
@@ -305,6 +306,7 @@ def test_other_acquisitions_find_the_optimum(acquisition):
     assert objective(best) > -0.01 and abs(mean - objective(best)) < 4 * stderr + 0.01
 
 
+@pytest.mark.slow
 def test_the_best_of_several_tasks():
     # One task wants the first domain and has large units, the other wants the second.
     search = Search(num_domains=3, feedback=Scores(weights=(0.5, 0.5)))
@@ -331,6 +333,7 @@ def test_proposals_keep_all_constraints():
     assert bool(contains(search.recommend(state)[0], constraints, D))
 
 
+@pytest.mark.slow
 def test_a_prior_mixture_pulls():
     prior = (0.1, 0.1, 0.1, 0.7)
     distances = []

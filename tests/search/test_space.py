@@ -167,6 +167,7 @@ def test_mixture_and_settings_are_found_together():
     np.testing.assert_allclose([top.mean, top.stderr], [mean[0], stderr[0]])
 
 
+@pytest.mark.slow
 def test_settings_alone():
     search = Search(num_domains=1, space=JOINT)
     state = search.init()

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -226,11 +226,15 @@ def given(folder: Path, params: llama.Params, **changes: Any) -> str:
     return str(folder)
 
 
+def referring(kind: Literal["davir", "rho"], source: str) -> SelectorConfig:
+    return SelectorConfig(kind=kind, rule="top_k", reference=source)
+
+
 def test_a_given_reference(pool: Pool, tmp_path: Path) -> None:
     other = llama.init(MODEL, key=jax.random.key(1))
     for params, expected in ((BASE, 0 * noisy(pool)), (other, None)):
         source = given(tmp_path / "model", params)
-        found = score(pool, dataclasses.replace(DAVIR, reference=source), tmp_path / "work")
+        found = score(pool, referring("davir", source), tmp_path / "work")
         if expected is None:
             data = join(pool.train)
             expected = 1 - plain_losses(other, data) / plain_losses(BASE, data)
@@ -238,21 +242,21 @@ def test_a_given_reference(pool: Pool, tmp_path: Path) -> None:
         np.testing.assert_allclose(np.concatenate(found), expected, atol=1e-5)
     # "rho" with a given reference needs nobody to learn from.
     alone = dataclasses.replace(pool, targets=(), validation=(NOTHING, NOTHING))
-    score(alone, dataclasses.replace(RHO, reference=source), tmp_path / "work")
+    score(alone, referring("rho", source), tmp_path / "work")
 
 
 def test_a_reference_that_does_not_fit_is_refused(pool: Pool, tmp_path: Path) -> None:
     source = given(tmp_path / "short", BASE, max_length=LENGTH - 1)
     with pytest.raises(ModelError, match=rf"selector.reference: .*short has a context of {LENGTH - 1} tokens"):
-        score(pool, dataclasses.replace(DAVIR, reference=source), tmp_path)
+        score(pool, referring("davir", source), tmp_path)
     words = CharacterTokenizer.from_examples([Example("0", "", "hijklmno")])
     assert words.vocab_size == TOKENIZER.vocab_size and pool.engine is not None
     engine = dataclasses.replace(pool.engine, model=dataclasses.replace(pool.engine.model, tokenizer=words))
     source = given(tmp_path / "other", BASE)
     with pytest.raises(ModelError, match="has other tokens than the base model; give one with the same vocabulary"):
-        score(dataclasses.replace(pool, engine=engine), dataclasses.replace(DAVIR, reference=source), tmp_path)
+        score(dataclasses.replace(pool, engine=engine), referring("davir", source), tmp_path)
     with pytest.raises(ModelError, match="There is no model at"):
-        score(pool, dataclasses.replace(DAVIR, reference=str(tmp_path / "nowhere")), tmp_path)
+        score(pool, referring("davir", str(tmp_path / "nowhere")), tmp_path)
 
 
 def test_examples_without_a_loss_are_named(pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,7 +267,7 @@ def test_examples_without_a_loss_are_named(pool: Pool, tmp_path: Path, monkeypat
         return np.where(rows == 3, np.nan, values)
 
     source = given(tmp_path / "model", llama.init(MODEL, key=jax.random.key(1)))
-    selector = dataclasses.replace(DAVIR, reference=source)
+    selector = referring("davir", source)
     with monkeypatch.context() as patch:
         patch.setattr(loss_files, "response_log_probs", broken)
         first, _ = score(dataclasses.replace(pool, say=said.append), selector, tmp_path / "one")

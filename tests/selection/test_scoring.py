@@ -65,7 +65,7 @@ def noisy(examples: Encoded) -> np.ndarray:
     return np.array(["bad" in identifier for identifier in examples.ids])
 
 
-@pytest.mark.parametrize("kind", ["influence", "less"])
+@pytest.mark.parametrize("kind", [pytest.param("influence", marks=pytest.mark.slow), "less"])
 def test_what_serves_the_target_scores_high(kind: str, tmp_path: Path) -> None:
     subject = pool("full")
     first, second = score(subject, SELECTORS[kind], tmp_path)

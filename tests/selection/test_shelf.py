@@ -128,6 +128,7 @@ def test_el2n_is_the_mean_norm_of_dense_errors(pool: Pool, tmp_path: Path, monke
     assert roc_auc_score(np.repeat([0, 1], [60, 40]), np.concatenate(found)) > 0.9
 
 
+@pytest.mark.slow
 def test_el2n_goes_on_after_a_crash_without_training_again(
     pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -194,6 +194,7 @@ def test_a_step_is_the_plain_step_on_the_best_candidates(
         np.testing.assert_allclose(x, y, rtol=1e-5 if compute_dtype == jnp.float32 else 3e-2, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_first_choice_is_by_the_losses_of_the_base(shared: Trainer, data: Encoded, base_losses: np.ndarray) -> None:
     reference = np.random.default_rng(1).uniform(0, 60, 30).astype(np.float32)
     subject, choices = watched(shared)
@@ -313,6 +314,7 @@ def pool() -> Pool:
     return Pool(("only",), (train,), (walks(48, 4, "held out"),), (), trainer, "f", 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["rho", "davir"])
 def test_noise_is_hardly_chosen_while_the_model_is_behind_its_reference(rule: Any, pool: Pool, tmp_path: Path) -> None:
     """Of noise the reference has no less loss than the model; by the loss alone, noise would be chosen."""

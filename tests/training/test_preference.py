@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis.strategies as st
 import jax
@@ -233,11 +236,42 @@ def test_a_stopped_training_ends_with_the_same_bits_and_compiles_nothing_new(
         fit(subject, pairs, reference - 1.0, tmp_path / "b")
 
 
+def arrays(jaxpr: Any) -> Iterator[Any]:
+    """Every array that a program makes, in its inner programs too."""
+    for equation in jaxpr.eqns:
+        yield from (variable.aval for variable in equation.outvars)
+        for value in equation.params.values():
+            for inner in value if isinstance(value, tuple | list) else [value]:
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    yield from arrays(inner)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_step_makes_no_logits_of_all_tokens(method: str) -> None:
+    rows, length, vocabulary = 8, 64, 1000
+    model = dataclasses.replace(MODEL, vocab_size=vocabulary, max_length=length)
+    settings = TrainingConfig(method=method, learning_rate=1.0, batch_size=rows)
+    sequences = Trainer(model, lambda: llama.init(model, key=jax.random.key(0)), settings, (length,), pad_id=0)
+    state = jax.eval_shape(sequences.start, jax.random.key(0))
+    shape = (rows, 2, length)
+    tokens, mask = jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.bool_)
+    reference = jax.ShapeDtypeStruct(shape[:2], jnp.float32)
+    base = llama.shapes(model) if method == "lora" else None
+    step = PreferenceTrainer(sequences, PreferenceLoss()).step
+    rest = np.float32(1e-2), jax.random.key(1), np.int32(0)
+    program = jax.make_jaxpr(step)(state, base, sequences.dials, tokens, mask, reference, *rest)
+    logits = [aval.shape for aval in arrays(program.jaxpr) if vocabulary in aval.shape]
+    # A chunk of them is made, so the search does see them.
+    assert (256, vocabulary) in logits and max(np.prod(shape) for shape in logits) <= 256 * vocabulary
+
+
 def test_a_loss_that_is_no_number_is_told(pairs: Pairs, reference: np.ndarray, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="The loss of step 1 is nan; lower training.learning_rate or loss.beta"):
         fit(trainer(lora=DROPPING), pairs, np.full_like(reference, np.nan), tmp_path)
 
 
+@pytest.mark.slow
 def test_training_prefers_the_chosen(pairs: Pairs, tmp_path: Path) -> None:
     subject, seen = trainer("dpo", method="full", epochs=6, schedule="constant"), []
     sequences, batch = subject.sequences, gather_pairs(pairs, np.arange(14), 16, 14, 0)

@@ -66,15 +66,22 @@ def test_steps_equal_optax_adamw_on_the_dense_loss(method, data):
     rates = learning_rates(subject.settings, len(batches))
 
     @jax.jit
-    def one(trainable, ids):
+    @jax.value_and_grad
+    def one(trainable, ids, length):
+        """Summed loss of the response, from the third of `length` tokens on."""
         params, lora = subject.deployable(trainable)
         hidden = llama.hidden_states(MODEL, params, ids[None], lora=lora)
         log_probs = jax.nn.log_softmax(hidden @ llama.output_head(params).T)[0, :-1]
-        return -jnp.sum(log_probs[jnp.arange(len(ids) - 1), ids[1:]][1:])
+        place = jnp.arange(1, len(ids))
+        return -jnp.sum(log_probs[place - 1, ids[1:]], where=(place >= 2) & (place < length))
 
-    def loss(trainable, rows):
-        total = sum(one(trainable, jnp.asarray(data.tokens[row])) for row in rows)
-        return total / sum(len(data.tokens[row]) - 2 for row in rows)
+    def gradient_of(trainable, rows):
+        lengths = [len(data.tokens[row]) for row in rows]
+        each = [
+            one(trainable, jnp.asarray(np.pad(data.tokens[row], (0, 16 - length))), length)[1]
+            for row, length in zip(rows, lengths, strict=True)
+        ]
+        return jax.tree.map(lambda *parts: sum(parts) / sum(length - 2 for length in lengths), *each)
 
     def decays(tree):
         keep = {"kernel", "embedding", "head", "a", "b"}
@@ -87,7 +94,7 @@ def test_steps_equal_optax_adamw_on_the_dense_loss(method, data):
     trainable = state.trainable
     moments = reference.init(trainable)
     for _, rows in batches[:3]:
-        gradient = jax.grad(loss)(trainable, rows)
+        gradient = gradient_of(trainable, rows)
         update, moments = reference.update(gradient, moments, trainable)
         trainable = optax.apply_updates(trainable, update)
     state = subject.start(jax.random.key(0))

@@ -39,6 +39,21 @@ def number(text: str) -> Fraction | None:
     return None if found is None or len(found[0]) > _LONGEST else _value(found)
 
 
+def split_numbers(text: str) -> list[str | Fraction]:
+    """A text taken apart: its numbers, understood as by `number`, and the texts around them, in order.
+
+    A number that is too long to reckon with, or has nothing below its line, stays text.
+    """
+    plain, end = _plain(text), 0
+    parts: list[str | Fraction] = []
+    for found in _NUMBER.finditer(plain):
+        value = _value(found) if len(found[0]) <= _LONGEST else None
+        if value is not None:
+            parts += [plain[end : found.start()], value]
+            end = found.end()
+    return [*parts, plain[end:]]
+
+
 def equals_reference(tolerance: float) -> Function:
     """1 if the reply's `number` is that of a reference, up to `tolerance` times the reference's size; else 0."""
     allowed = Fraction(tolerance)
