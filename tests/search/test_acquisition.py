@@ -40,7 +40,8 @@ def test_schedules():
     np.testing.assert_allclose(beta_at("falling", 20.0, jnp.asarray(3.0)), 20 / (2 * np.sqrt(4)))
 
 
-@pytest.mark.parametrize("trend", [pytest.param(None, marks=pytest.mark.slow), "linear"])
+@pytest.mark.slow
+@pytest.mark.parametrize("trend", [None, "linear"])
 def test_samples_have_the_moments_of_the_posterior(trend):
     search = Search(num_domains=D, capacity=16, trend=trend)
     rng = np.random.default_rng(0)

@@ -39,7 +39,7 @@ KINDS = {
 }
 
 
-SLOW = ("best of", "best of, bounded", "rounded")
+SLOW = ("best of", "best of, bounded", "rounded", "stars")
 
 
 @pytest.mark.parametrize("name", [pytest.param(x, marks=[pytest.mark.slow] if x in SLOW else []) for x in KINDS])

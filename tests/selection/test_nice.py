@@ -409,6 +409,7 @@ def test_a_selection_for_prompts_without_labels(tmp_path: Path, capsys: pytest.C
     assert "selector.targets.0.response is null, but a selector of kind 'less' needs labels" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_replies_from_a_file_that_are_cut_are_told(tmp_path: Path) -> None:
     rows = [
         {"id": name, "prompt": "A", "replies": ["bcb", text]} for name, text in zip("ab", ("a", "abcd"), strict=True)
@@ -454,6 +455,7 @@ def test_every_set_of_prompts_needs_one_reward() -> None:
             configs.from_dict(tree)
 
 
+@pytest.mark.slow
 def test_a_study_chooses_by_its_own_prompts(tmp_path: Path) -> None:
     task = {"kind": "response_loss", "source": "synthetic:walk", "options": {**WALK, "tags": "A"}, "batch_size": 8}
     data = copy.deepcopy(CONFIG["data"])

@@ -123,7 +123,8 @@ def test_less_is_the_formula_of_the_paper(tmp_path: Path) -> None:
     assert np.corrcoef(found, expected)[0, 1] > 0.98
 
 
-@pytest.mark.parametrize("kind", [pytest.param("influence", marks=pytest.mark.slow), "less"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["influence", "less"])
 def test_a_killed_run_goes_on_to_the_same_scores(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("duet_jax.selection.influence.PART", 64)
     subject, selector = pool("lora"), SELECTORS[kind]

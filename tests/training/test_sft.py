@@ -56,7 +56,7 @@ def assert_same_bits(one, other):
         np.testing.assert_array_equal(x, y)
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("method", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 def test_steps_equal_optax_adamw_on_the_dense_loss(method, data):
     subject = trainer(method=method, weight_decay=0.1, clip_norm=0.5, schedule="constant")
     found = run(subject, data)
