@@ -30,6 +30,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from rates import product_rate
 from search_common import HERE, parse, write
 
 from duet_jax import models
@@ -97,19 +98,6 @@ def bandwidth() -> float:
         total(array).block_until_ready()
         seconds.append(time.perf_counter() - began)
     return array.nbytes / min(seconds)
-
-
-def product_rate(dtype: Any) -> float:
-    """Operations a second of products of large matrices, the best of several."""
-    x = jnp.ones((2048, 2048), dtype)
-    product = jax.jit(lambda x: jax.lax.dot(x, x, preferred_element_type=jnp.float32))
-    product(x).block_until_ready()
-    seconds = []
-    for _ in range(7):
-        began = time.perf_counter()
-        product(x).block_until_ready()
-        seconds.append(time.perf_counter() - began)
-    return 2 * 2048**3 / min(seconds)
 
 
 def step_products(model: models.Model, rows: int, dtype: Any) -> float:

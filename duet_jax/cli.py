@@ -94,26 +94,24 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--output", type=Path, metavar="FILE", help="(default: DIR/report.html)")
     report.set_defaults(command=_report)
 
-    select = commands.add_parser("select", help="score and choose training examples, without a study")
-    select.add_argument("config", type=Path, metavar="CONFIG", help="YAML file; configs/ holds some to start from")
-    select.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a value, as count=500")
-    select.add_argument("--output", type=Path, metavar="DIR", help="where to (default: selections/NAME)")
-    select.add_argument("--quiet", action="store_true", help="print nothing")
-    select.set_defaults(command=_select)
-
-    curate = commands.add_parser("curate", help="make data or weights of a model's mistakes, samples or doubts")
-    curate.add_argument("config", type=Path, metavar="CONFIG", help="YAML file; configs/ holds some to start from")
-    curate.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a value, as self_guide.count=500")
-    curate.add_argument("--output", type=Path, metavar="DIR", help="where to (default: curated/NAME)")
-    curate.add_argument("--quiet", action="store_true", help="print nothing")
-    curate.set_defaults(command=_curate)
-
-    prefer = commands.add_parser("prefer", help="train on pairs of responses, or on a model's own replies (self-play)")
-    prefer.add_argument("config", type=Path, metavar="CONFIG", help="YAML file; configs/ holds some to start from")
-    prefer.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a value, as loss.beta=0.05")
-    prefer.add_argument("--output", type=Path, metavar="DIR", help="where to (default: preferences/NAME)")
-    prefer.add_argument("--quiet", action="store_true", help="print nothing")
-    prefer.set_defaults(command=_prefer)
+    jobs = (
+        ("select", "score and choose training examples, without a study", "count=500", "selections", _select),
+        ("curate", "make data or weights of a model's mistakes, samples or doubts", "seed=1", "curated", _curate),
+        (
+            "prefer",
+            "train on pairs of responses, or on a model's own replies",
+            "loss.beta=0.05",
+            "preferences",
+            _prefer,
+        ),
+    )
+    for name, does, example, place, command in jobs:
+        job = commands.add_parser(name, help=does)
+        job.add_argument("config", type=Path, metavar="CONFIG", help="YAML file; configs/ holds some to start from")
+        job.add_argument("overrides", nargs="*", metavar="key=value", help=f"replaces a value, as {example}")
+        job.add_argument("--output", type=Path, metavar="DIR", help=f"where to (default: {place}/NAME)")
+        job.add_argument("--quiet", action="store_true", help="print nothing")
+        job.set_defaults(command=command)
     return parser
 
 

@@ -98,6 +98,26 @@ def token_log_probs(
     return jnp.zeros(count, jnp.float32).at[order].set(ordered[:count])
 
 
+def response_log_probs(hidden: Array, head: Array, tokens: Array, mask: Array, compute_dtype: Any) -> Array:
+    """Summed log-probability of the scored tokens of each sequence, float32 `[B]`; forward only.
+
+    Args:
+      hidden: `[B, T, D]` final hidden states.
+      head: `[V, D]` output rows.
+      tokens: int32 `[B, T]`.
+      mask: bool `[B, T]`, the tokens that are scored; the first of a sequence never is.
+      compute_dtype: as for `token_log_probs`.
+    """
+    log_probs = token_log_probs(
+        hidden[:, :-1].reshape(-1, hidden.shape[-1]),
+        head,
+        tokens[:, 1:].reshape(-1),
+        mask[:, 1:].reshape(-1),
+        compute_dtype=compute_dtype,
+    )
+    return jnp.sum(log_probs.reshape(mask[:, 1:].shape), axis=1)
+
+
 def token_predictions(
     hidden: Array, head: Array, labels: Array, mask: Array, *, chunk: int = 256, compute_dtype: Any = jnp.float32
 ) -> tuple[Array, Array]:

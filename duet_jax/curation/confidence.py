@@ -31,17 +31,6 @@ def similarity(forward: np.ndarray, backward: np.ndarray) -> np.ndarray:
     return 1 - (forward + backward) / 2
 
 
-def consistency(similarities: np.ndarray, matches: np.ndarray, alpha: float) -> np.ndarray:
-    """Observed consistency O, float64 `[n]`: the mean of alpha * s + (1 - alpha) * r over samples that are there.
-
-    Args:
-      similarities: s, `[n, samples]`.
-      matches: r, `[n, samples]`, 1 where a sample is the same answer.
-      alpha: share of the similarity.
-    """
-    return known_mean(alpha * similarities + (1 - alpha) * matches)
-
-
 def reflection_score(probabilities: np.ndarray) -> np.ndarray:
     """Self-reflection S, float64 `[n]`: the mean worth of the options over the questions.
 

@@ -7,7 +7,6 @@ model itself is asked, and the probability is that of "Yes" against "No".
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ import numpy as np
 from duet_jax import models
 from duet_jax.config import ConfidenceConfig
 from duet_jax.curation.respondent import Respondent, fits
+from duet_jax.curation.sentences import sentences
 from duet_jax.data import Encoded, Example
 from duet_jax.data.example import plain_text
 from duet_jax.errors import FeedbackError, ModelError
@@ -27,7 +27,6 @@ from duet_jax.models.classifier import read_classifier
 
 # Words from which a text is long: its sentences are compared one at a time, and the greatest contradiction counts.
 LONG = 64
-_SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
 
 
 class Pair(NamedTuple):
@@ -138,7 +137,7 @@ def nli(folder: Path, config: ConfidenceConfig) -> Contradiction:
     readout = Readout(model, jnp.asarray(read.score, jnp.float32), batch_size, jnp.dtype("float32"))
 
     def function(pairs: Sequence[Pair]) -> np.ndarray:
-        parts = [sentences(pair.second) for pair in pairs]
+        parts = [parts_of(pair.second) for pair in pairs]
         texts = [
             _text(pair._replace(second=sentence), config.pair_template)
             for pair, own in zip(pairs, parts, strict=True)
@@ -180,10 +179,9 @@ def outside(config: ConfidenceConfig) -> str:
     return digest.hexdigest()
 
 
-def sentences(text: str) -> list[str]:
+def parts_of(text: str) -> list[str]:
     """The sentences of a long text; a shorter one as it is."""
-    parts = [part for part in _SENTENCE.split(text) if part.strip()]
-    return parts if len(text.split()) >= LONG else [text]
+    return sentences(text) if len(text.split()) >= LONG else [text]
 
 
 def _text(pair: Pair, template: str) -> str:

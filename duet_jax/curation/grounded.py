@@ -9,7 +9,6 @@ model or function takes their place.
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import numpy as np
 from duet_jax import models
 from duet_jax.config import GroundedConfig
 from duet_jax.curation.bench import Bench, Curated, lines
+from duet_jax.curation.sentences import sentences
 from duet_jax.data import Encoded, Example
 from duet_jax.data.example import any_chat, as_row, plain_text
 from duet_jax.errors import DataError, FeedbackError, ModelError
@@ -31,7 +31,6 @@ from duet_jax.models.classifier import read_classifier
 # Examples whose support is kept together.
 PART = 16
 # A sentence ends with its stop, and perhaps quotation marks or brackets, before white space; or with its line.
-_END = re.compile(r"(?<=[.!?])[\"')\]\u2019\u201d]*\s+|\n+")
 QUESTION = """A document and a claim are to be compared.
 
 [Document]
@@ -53,13 +52,6 @@ class Scorer:
 
     identity: str
     function: Callable[[Sequence[tuple[str, str]]], np.ndarray]
-
-
-def sentences(text: str) -> list[str]:
-    """The sentences of a text: each ends with a stop before white space, or with its line; no abbreviation is known."""
-    ends = [0, *(found.end() for found in _END.finditer(text)), len(text)]
-    parts = [text[start:end].strip() for start, end in zip(ends, ends[1:], strict=False)]
-    return [part for part in parts if part]
 
 
 def chunks(document: str, most: int) -> list[str]:

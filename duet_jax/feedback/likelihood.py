@@ -13,12 +13,11 @@ from functools import lru_cache
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from duet_jax.data import Encoded, gather_batch
-from duet_jax.kernels.linear_cross_entropy import token_log_probs
+from duet_jax.kernels import linear_cross_entropy
 from duet_jax.models import llama
 from duet_jax.models import lora as adapters
 
@@ -33,14 +32,7 @@ def scorer(config: llama.LlamaConfig, compute_dtype: Any) -> Score:
     @jax.jit
     def score(params: llama.Params, lora: adapters.Lora | None, tokens: Array, mask: Array) -> Array:
         hidden = llama.hidden_states(config, params, tokens, lora=lora, compute_dtype=compute_dtype)
-        log_probs = token_log_probs(
-            hidden[:, :-1].reshape(-1, hidden.shape[-1]),
-            llama.output_head(params),
-            tokens[:, 1:].reshape(-1),
-            mask[:, 1:].reshape(-1),
-            compute_dtype=compute_dtype,
-        )
-        return jnp.sum(log_probs.reshape(mask[:, 1:].shape), axis=1)
+        return linear_cross_entropy.response_log_probs(hidden, llama.output_head(params), tokens, mask, compute_dtype)
 
     return score
 

@@ -24,9 +24,8 @@ from duet_jax.errors import DataError
 from duet_jax.selection.losses import Losses, base_losses
 from duet_jax.selection.pool import Pool
 from duet_jax.selection.reference import given_losses, trained_losses
+from duet_jax.training.online import SMALLEST_LOSS as LEAST
 
-# Nats a token: an example with less base loss is known by heart, and its share of it would be rounding errors.
-LEAST = 1e-6
 # Culprits that a line names.
 NAMED = 5
 

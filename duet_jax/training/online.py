@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from duet_jax.kernels.linear_cross_entropy import token_log_probs
+from duet_jax.kernels.linear_cross_entropy import response_log_probs
 from duet_jax.models import llama
 from duet_jax.models import lora as adapters
 
@@ -118,14 +118,7 @@ def _response_losses(
     def of_some(part: tuple[Array, Array]) -> Array:
         tokens, mask = part
         hidden = llama.hidden_states(model, params, tokens, lora=lora, compute_dtype=compute_dtype)
-        log_probs = token_log_probs(
-            hidden[:, :-1].reshape(-1, hidden.shape[-1]),
-            llama.output_head(params),
-            tokens[:, 1:].reshape(-1),
-            mask[:, 1:].reshape(-1),
-            compute_dtype=compute_dtype,
-        )
-        return -jnp.sum(log_probs.reshape(mask[:, 1:].shape), axis=1)
+        return -response_log_probs(hidden, llama.output_head(params), tokens, mask, compute_dtype)
 
     parts = tuple(x.reshape(-1, size, x.shape[1]) for x in (tokens, mask))
     return jax.lax.map(of_some, parts).reshape(-1)

@@ -23,8 +23,8 @@ from duet_jax.curation.answers import answer
 from duet_jax.curation.asking import askable, confidence, dressed, summary
 from duet_jax.curation.confidence import (
     combine,
-    consistency,
     final_answer,
+    known_mean,
     reflection_score,
     same_answer,
     similarity,
@@ -63,6 +63,11 @@ SHORT = ConfidenceConfig(
 
 def weights(alpha: float, beta: float, samples: int = 5) -> Any:
     return ConfidenceConfig(alpha=alpha, beta=beta, samples=samples).weights
+
+
+def consistency(similarities: np.ndarray, matches: np.ndarray, alpha: float) -> np.ndarray:
+    """The paper's O: the mean over samples of alpha * s + (1 - alpha) * r."""
+    return known_mean(alpha * similarities + (1 - alpha) * matches)
 
 
 def test_c1_closed_form() -> None:

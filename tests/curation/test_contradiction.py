@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from duet_jax import models
 from duet_jax._confidence_config import CONTRADICTION
 from duet_jax.config import ConfidenceConfig
-from duet_jax.curation.contradiction import Pair, build_contradiction, outside, question, sentences
+from duet_jax.curation.contradiction import Pair, build_contradiction, outside, parts_of, question
 from duet_jax.curation.respondent import Respondent
 from duet_jax.data import Example
 from duet_jax.data.characters import CharacterTokenizer
@@ -84,7 +84,7 @@ def test_a_classifier_reads_pairs_and_the_worst_sentence_of_long_ones(tmp_path: 
     expected = [alone("yes", "no"), alone("no", "yes"), max(alone("yes", p.strip(" ")) for p in parts[:2])]
     values = found.function(pairs)
     np.testing.assert_allclose(values[[0, 1, 3]], [*expected[:2], alone("yes", "short. not split")], atol=1e-5)
-    last = sentences(long)[2]
+    last = parts_of(long)[2]
     assert values[2] == pytest.approx(max(expected[2], alone("yes", last)), abs=1e-5)
 
 
@@ -101,9 +101,9 @@ def test_pairs_that_are_too_long_have_no_probability(tmp_path: Path) -> None:
 
 
 def test_long_texts_are_split_into_sentences() -> None:
-    assert sentences("One. Two.") == ["One. Two."]
+    assert parts_of("One. Two.") == ["One. Two."]
     words = "w " * 70
-    assert sentences(f"One. Two! {words}\nEnd") == ["One.", "Two!", words, "End"]
+    assert parts_of(f"One. Two! {words}\nEnd") == ["One.", "Two!", words.strip(), "End"]
 
 
 def test_classifiers_that_are_none(tmp_path: Path) -> None:

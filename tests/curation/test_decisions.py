@@ -216,9 +216,8 @@ def test_c9_planted_noise_end_to_end(tmp_path: Path) -> None:
     mistaken = rng.random(count) < 0.1
     confidence = np.where(noisy == mistaken, 0.9, 0.1)
     filtered: Filter = auto_filter(confidence, [(e.prompt, e.response) for e in examples], threshold=0.5)
-    share = filtered.kept.mean()
-    missed = (filtered.kept & noisy).sum() / noisy.sum()
     rate = noisy[filtered.kept].mean()
+    missed, share = mistaken[noisy].mean(), (noisy == mistaken).mean()
     assert rate == pytest.approx(0.2 * missed / share) and rate < 0.05 < noisy.mean()
     proposals = [f"w{i}" if rng.random() < 0.9 else "odd" for i in range(count)]
     verdicts = judge(
