@@ -16,25 +16,25 @@ Answer in this form.
 explanation: your reasons, in a sentence or two
 answer: the answer alone"""
 REFLECTIONS = (
-    """Question: {prompt}
+    """{prompt}
 
 Proposed answer: {answer}
 
 Is the proposed answer correct?
 {options}""",
-    """Question: {prompt}
+    """{prompt}
 
 Proposed answer: {answer}
 
 Are you really sure that the proposed answer is correct? Choose again.
 {options}""",
 )
-CONTRADICTION = """Question: {prompt}
+CONTRADICTION = """{prompt}
 
+Do the two answers below contradict each other? Answer with one letter, A or B.
 First answer: {first}
 Second answer: {second}
-
-Do these two answers to the question contradict each other? Answer Yes or No."""
+{options}"""
 PREMISE = "premise: {first}\nhypothesis: {second}"
 
 
@@ -45,9 +45,10 @@ class ConfidenceConfig:
     The confidence is beta * (alpha * similarity + (1 - alpha) * match) + (1 - beta) * reflection, where similarity is
     how little the target and sampled answers contradict each other, match how many of these are the same, and
     reflection what the model says when it is asked. A part that is missing or has no weight is left out, and the
-    weights of the others are divided by their sum. In the templates {prompt} is the prompt as text. The questions of
-    one kind about an example, those of self-reflection or those of contradiction, go through the network together and
-    share what they begin with: so let the prompt stand at the beginning, with the same words before it.
+    weights of the others are divided by their sum. In the templates {prompt} is the prompt as text, and {options} are
+    lines with a letter each. The questions about an example go through the network together and share what they begin
+    with: so let the prompt stand at the beginning, with the same words before it, and the options at the end, which
+    are asked about in every order.
 
     An example with a question, or a sample, that does not fit the model's context has no confidence.
 
@@ -71,9 +72,9 @@ class ConfidenceConfig:
       reflection_max_new_tokens: of such a text, which no `stop` ends.
       sample_template: around the prompt where answers are sampled; "{prompt}" leaves it as it is.
       reflection_templates: the questions of self-reflection, each with {prompt}, {answer} and {options}.
-      contradiction_template: with {prompt}, {first} and {second}, of "judge" a question to answer with Yes or No, and
-        of "nli" the form of premise and hypothesis that the classifier was trained on; None: `CONTRADICTION` or
-        `PREMISE`. A function has none.
+      contradiction_template: with {first} and {second}, of "judge" a question with {prompt} and {options}, which are
+        Yes and No, and of "nli" the form of premise and hypothesis that the classifier was trained on, which may have
+        {prompt}; None: `CONTRADICTION` or `PREMISE`. A function has none.
     """
 
     samples: int = 5
@@ -120,7 +121,7 @@ class ConfidenceConfig:
             check_template(f"reflection_templates.{number}", template, {"prompt", "answer", "options"})
         if self.contradiction == "python" and self.contradiction_template is not None:
             raise FieldError("contradiction_template", "has no meaning; leave it out where contradiction is 'python'.")
-        needed = {"first", "second"} | ({"prompt"} if self.contradiction == "judge" else set())
+        needed = {"first", "second"} | ({"prompt", "options"} if self.contradiction == "judge" else set())
         check_template("contradiction_template", self.pair_template, needed, {"prompt"})
 
     @property

@@ -12,7 +12,9 @@ from duet_jax._data_config import DataConfig, DomainConfig
 from duet_jax._reward_config import RewardConfig
 
 # Each has a section of its name.
-Kind = Literal["error_weights", "hard_examples", "self_guide", "grounded", "active_correction", "calibration", "clear"]
+Kind = Literal[
+    "error_weights", "hard_examples", "self_guide", "grounded", "active_correction", "calibration", "clear", "answers"
+]
 # Those that read the whole of one domain.
 _WHOLE = ("hard_examples", "self_guide", "active_correction")
 # What a model says where it should write the input or the output of a task.
@@ -23,16 +25,12 @@ NOISE = (
     r"(?i)\bi('m| am) (sorry|unable|not able)\b",
     r"(?i)\b(input|output|instruction)\s*:",
 )
-PREFERENCE = """Question: {prompt}
+PREFERENCE = """{prompt}
 
-Answer A: {first}
-Answer B: {second}
-
-Which of the two answers is better?
-A: Answer A is better
-B: Answer B is better
-C: They are equally good
-Answer with one letter, A, B or C."""
+Which of the two answers below is better? Answer with one letter, A, B or C.
+First answer: {first}
+Second answer: {second}
+{options}"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,8 +243,8 @@ class ClearConfig:
       iterations: how often; each time the model is trained anew on what the last one left.
       eta: a proposal is taken if the confidence in the verdict that it is better is above this.
       acceptance: that confidence: of the verdict as an answer, or the mean probability of its letters.
-      preference_template: which of two answers is better, with {prompt}, {first} and {second}, to be answered with A, B
-        or, for neither, C.
+      preference_template: which of two answers is better, with {prompt}, {first}, {second} and {options}, which are
+        asked about in every order; to be answered with a letter.
       max_new_tokens: of a proposal; one that has not ended by then is none, and is not judged.
       stop: texts that end a proposal when they are complete.
     """
@@ -270,8 +268,26 @@ class ClearConfig:
         if self.iterations > 1 and not self.correct:
             raise FieldError("iterations", "is of corrections; set correct to true, or leave it out.")
         require(0 <= self.eta <= 1, "eta", self.eta, "in [0, 1]")
-        check_template("preference_template", self.preference_template, {"prompt", "first", "second"})
+        check_template("preference_template", self.preference_template, {"prompt", "first", "second", "options"})
         require("" not in self.stop, "stop", list(self.stop), "a list of texts that are not empty")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswersConfig:
+    """A model's greedy answers, each with its confidence, below a threshold of which it abstains.
+
+    Attributes:
+      confidence: how it is computed; an answer ends as its samples do, by `max_new_tokens` and `stop`.
+      threshold: the least confidence of an answer that is given, above 0, which is that of an answer without any.
+      reward: how right an answer is, in [0, 1]; of prompts without a response it is known where the reward needs none.
+    """
+
+    confidence: ConfidenceConfig = field(default_factory=ConfidenceConfig)
+    threshold: float = 0.5
+    reward: RewardConfig = RewardConfig(kind="exact_match")
+
+    def __post_init__(self) -> None:
+        require(0 < self.threshold <= 1, "threshold", self.threshold, "in (0, 1]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,9 +298,11 @@ class CurateSections:
       kind: what is made: "error_weights", weights of domains by the model's errors; "hard_examples", requests for
         examples like those it gets wrong; "self_guide", examples that it writes itself; "grounded", examples whose
         documents support them; "active_correction", corrected labels; "calibration", examples to prune a model by;
-        "clear", examples in whose targets the model is confident, and corrected ones.
+        "clear", examples in whose targets the model is confident, and corrected ones; "answers", its answers with the
+        confidence in them.
       data: the domains. Of "hard_examples", "self_guide" and "active_correction" it is one, and none of it is held out;
-        of "clear" nothing is held out either.
+        of "clear" and "answers" nothing is held out either. Those of "answers" may have no responses, and none of them
+        is cut.
     """
 
     kind: Kind
@@ -296,6 +314,7 @@ class CurateSections:
     active_correction: ActiveCorrectionConfig | None = None
     calibration: CalibrationConfig | None = None
     clear: ClearConfig | None = None
+    answers: AnswersConfig | None = None
 
     @property
     def section(self) -> Any:
@@ -320,6 +339,9 @@ class CurateSections:
             raise FieldError(name, "has no meaning for a curation of kind 'grounded', whose section has its own model.")
         if self.kind == "clear" and training is not None and not corrects:
             raise FieldError("training", "has no meaning where clear.correct is false; leave it out.")
+        if self.kind == "answers" and training is not None:
+            reason = "has no meaning for a curation of kind 'answers', whose model is taken as it is; leave it out."
+            raise FieldError("training", reason)
         self._check_data()
 
     def _check_data(self) -> None:
@@ -327,7 +349,9 @@ class CurateSections:
         require(bool(names), "data.domains", names, "a list of at least one domain")
         if self.kind in _WHOLE:
             require(len(names) == 1, "data.domains", names, f"one domain for a curation of kind {self.kind!r}")
-        if self.kind in (*_WHOLE, "clear"):
+        if self.kind != "answers":
+            self.data.require_responses()
+        if self.kind in (*_WHOLE, "clear", "answers"):
             reason = f"0 for a curation of kind {self.kind!r}, which reads all of its data"
             require(fraction == 0, "data.validation_fraction", fraction, reason)
         held_out = self.kind == "error_weights" or (self.kind == "calibration" and not self.section.held_out)

@@ -17,8 +17,8 @@ class DomainConfig:
 
     Attributes:
       source: .jsonl, .json or .parquet file, `datasets` folder, hub name, or "synthetic:KIND".
-      prompt, response: columns; the response is the part that is trained on. None, for targets alone: there are no
-        responses, or none that is to be read.
+      prompt, response: columns; the response is the part that is trained on. None, for targets and for prompts that a
+        model answers: there are no responses, or none that is to be read.
       messages: column with chat messages, in place of the two.
       max_examples: a seeded subsample of this size.
       options: of a synthetic kind.
@@ -68,8 +68,6 @@ class DataConfig:
         for i, name in enumerate(names):
             if name in names[:i]:
                 raise FieldError(f"domains.{i}.name", f"is {name!r} a second time; every domain needs its own.")
-            if self.domains[i].response is None:
-                raise FieldError(f"domains.{i}.response", "is null, but domains are trained on; name the column.")
         require(0 <= self.validation_fraction < 1, "validation_fraction", self.validation_fraction, "in [0, 1)")
         at_least(0, self, "validation_examples")
         at_least(2, self, "max_length")
@@ -80,3 +78,9 @@ class DataConfig:
         require(ascending and self.buckets[0] >= 2, "buckets", list(self.buckets), "ascending lengths from 2")
         fits = self.buckets[-1] == self.max_length
         require(fits, "buckets", list(self.buckets), f"a list that ends with max_length ({self.max_length})")
+
+    def require_responses(self) -> None:
+        """Requires responses of every domain, for whoever reads them; the error is of the field `data`."""
+        for i, domain in enumerate(self.domains):
+            if domain.response is None:
+                raise FieldError(f"data.domains.{i}.response", "is null, but responses are read here; name the column.")

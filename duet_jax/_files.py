@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -16,9 +17,16 @@ import numpy as np
 
 from duet_jax.errors import StudyError
 
+# What a file system without hard links, or a folder of one, answers who wants one.
+NO_LINKS = (errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
-def write(path: Path, content: str | bytes) -> None:
-    """Replaces a file: to whoever reads it, and whenever the machine stops, it is the old one or the new."""
+
+def write(path: Path, content: str | bytes, *, new: bool = False) -> None:
+    """Replaces a file: to whoever reads it, and whenever the machine stops, it is the old one or the new.
+
+    Raises:
+      FileExistsError: the file should be new, but is there.
+    """
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -26,7 +34,8 @@ def write(path: Path, content: str | bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        if not (new and _linked(temporary, path)):
+            os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
@@ -35,6 +44,18 @@ def write(path: Path, content: str | bytes) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def _linked(temporary: str, path: Path) -> bool:
+    """Gives a file its name unless another has it; False where the file system has no links, and so no second host."""
+    try:
+        os.link(temporary, path)
+    except OSError as error:
+        if error.errno in NO_LINKS:
+            return False
+        raise
+    os.unlink(temporary)
+    return True
 
 
 def save_array(path: Path, array: np.ndarray) -> None:

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from duet_jax._checks import FieldError, at_least, require
+from duet_jax._people_config import PeopleConfig
 from duet_jax._reward_config import RewardConfig
 
 BuiltIn = Literal["response_loss", "perplexity", "multiple_choice", "exact_match", "token_f1", "reward"]
-TaskKind = Literal[BuiltIn, "harness", "sum", "python", "command", "external"]
+TaskKind = Literal[BuiltIn, "harness", "sum", "python", "command", "external", "people"]
 
 
 def check_rows(config: Any) -> None:
@@ -39,6 +40,7 @@ _TASK_FIELDS: dict[str, set[str]] = {
     "python": {"function"},
     "command": {"command"},
     "external": set(),
+    "people": {"people", "max_new_tokens", "temperature", "stop"},
 }
 _TASK_NEEDS = {"reward": "reward", "harness": "benchmark", "sum": "tasks", "python": "function", "command": "command"}
 
@@ -48,15 +50,16 @@ class TaskConfig:
     """The unseen task. The search hears its score and nothing else.
 
     Attributes:
-      kind: what is measured; "external" feedback is told with `duet tell`.
+      kind: what is measured; "external" feedback is told with `duet tell`, that of "people" comes from
+        the page of `duet serve`.
       source, split, prompt, response, messages, max_examples, options: rows, as of a domain; the response may be None
         where a reward needs none.
       batch_size: examples in a forward pass.
       normalisation: of a choice's log-likelihood: none, or by its length in bytes.
       max_new_tokens: of a generated answer.
       reward: how good an answer is, of kind "reward".
-      stop: strings that end an answer of kind "reward"; what follows the first of them is not part of it.
-      temperature: of answers of kind "reward"; 0 takes the most probable token each time.
+      stop: strings that end an answer of kind "reward" or "people"; what follows the first of them is not part of it.
+      temperature: of answers of kind "reward" or "people"; 0 takes the most probable token each time.
       samples: answers to each prompt; 1 of temperature 0.
       best_of: the best of so many answers counts, in expectation over `samples` of them: pass@k of programs.
       benchmark: task or group of the lm-evaluation-harness, or a task file (.yaml), of kind "harness".
@@ -67,6 +70,7 @@ class TaskConfig:
       tasks: the parts of a "sum".
       function: "module:callable" of kind "python".
       command: program and arguments of kind "command".
+      people: how testers rate answers, of kind "people".
     """
 
     kind: TaskKind
@@ -92,6 +96,7 @@ class TaskConfig:
     tasks: tuple[WeightedTask, ...] = ()
     function: str | None = None
     command: tuple[str, ...] = ()
+    people: PeopleConfig | None = None
 
     def __post_init__(self) -> None:
         used = _TASK_FIELDS[self.kind]
@@ -102,6 +107,8 @@ class TaskConfig:
         for needed in ("source", _TASK_NEEDS.get(self.kind)):
             if needed in used and not getattr(self, needed):
                 raise FieldError(needed, f"is missing; a task of kind {self.kind!r} needs it.")
+        if self.kind == "people" and self.people is None:
+            object.__setattr__(self, "people", PeopleConfig())
         if "source" in used:
             check_rows(self)
             if self.response is None and self.kind != "reward":
@@ -120,6 +127,11 @@ class TaskConfig:
         for name, least in (("max_examples", 1), ("num_fewshot", 0), ("max_length", 2)):
             if getattr(self, name) is not None:
                 at_least(least, self, name)
+
+    @property
+    def asked_outside(self) -> bool:
+        """Whether feedback comes when it comes, and not from a task that a run can ask."""
+        return self.kind in ("external", "people")
 
 
 @dataclass(frozen=True, kw_only=True)

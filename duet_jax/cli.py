@@ -1,4 +1,5 @@
-"""The command line: duet run | ask | tell | info | report | select | curate | prefer.
+"""The command line: duet run | ask | tell | info | report | select | curate | prefer | compile | serve |
+ratings.
 
 Only the command that computes imports what computes, so that help, `tell` and `info` answer at once.
 """
@@ -10,6 +11,7 @@ import dataclasses
 import importlib.resources
 import json
 import math
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +20,7 @@ from typing import Any
 from duet_jax import __version__
 from duet_jax import config as configs
 from duet_jax._checks import nearest
-from duet_jax.errors import ConfigError, DuetError, FeedbackError
+from duet_jax.errors import ConfigError, DuetError, FeedbackError, StudyError
 from duet_jax.study import Study
 from duet_jax.trial import Trial, words
 
@@ -35,19 +37,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # argparse takes positional arguments in one piece only; overrides and scores may also stand after options.
     if options.command is _tell and options.score is None and len(rest) == 1:
         options.score = _as_score(parser, rest.pop())
-    repeatable = options.command in (_run, _select, _curate, _prefer)
-    strays = [word for word in rest if not repeatable or word.startswith("-") or "=" not in word]
+    resumable = options.command in (_run, _select, _curate, _prefer)
+    takes_overrides = resumable or options.command is _compile
+    strays = [word for word in rest if not takes_overrides or word.startswith("-") or "=" not in word]
     if strays:
         parser.error(f"unrecognized arguments: {' '.join(strays)}")
     if rest:
         options.overrides += rest
     try:
+        for argument in ("study", "folder"):
+            _require_folder("--study" if argument == "study" else "The study", getattr(options, argument, None))
         options.command(options)
     except DuetError as error:
         print(f"duet: error: {error}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
-        hint = "; the same command goes on from here" if repeatable else ""
+        hint = "; the same command goes on from here" if resumable else ""
         print(f"duet: stopped{hint}.", file=sys.stderr)
         return INTERRUPTED
     return 0
@@ -66,6 +71,11 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("config", type=Path, metavar="CONFIG", help="YAML file; configs/ holds some to start from")
     run.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a value, as training.epochs=2")
     run.add_argument("--study", type=Path, metavar="DIR", help="study directory (default: studies/NAME)")
+    run.add_argument(
+        "--feedback", choices=["people"], help="instead of its task, people rate the models: duet serve shows them"
+    )
+    run.add_argument("--worker", metavar="NAME", help="share the study with other processes, each under its own name")
+    run.add_argument("--profile", type=Path, metavar="FOLDER", help="trace a few training steps by JAX's profiler")
     run.add_argument("--quiet", action="store_true", help="print nothing")
     run.set_defaults(command=_run)
 
@@ -78,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     tell.add_argument("trial", type=int, metavar="TRIAL", help="number of the trial, from 0")
     tell.add_argument("score", type=float, nargs="?", metavar="SCORE", help="its feedback, higher is better")
     tell.add_argument("--stderr", type=float, metavar="S", help="standard error of the score, if known")
+    tell.add_argument("--ratings", action="store_true", help="instead of a score: what its ratings by people say")
     tell.add_argument(
         "--failed", metavar="REASON", help="instead of a score: something outside went wrong, it may be proposed again"
     )
@@ -112,16 +123,33 @@ def _parser() -> argparse.ArgumentParser:
         job.add_argument("--output", type=Path, metavar="DIR", help=f"where to (default: {place}/NAME)")
         job.add_argument("--quiet", action="store_true", help="print nothing")
         job.set_defaults(command=command)
+    _compile_arguments(commands)
+
+    from duet_jax.serve.commands import add
+
+    add(commands)
     return parser
 
 
+def _compile_arguments(commands: Any) -> None:
+    job = commands.add_parser("compile", help="compile a study's programs for a TPU slice, without having one")
+    job.add_argument("config", type=Path, metavar="CONFIG", help="YAML file; configs/pod_*.yaml are for slices")
+    job.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a value, as training.batch_size=64")
+    job.add_argument("--topology", required=True, metavar="KIND:SHAPE", help="the slice, as v5e:4x4 or v5p:2x4x4")
+    job.add_argument("--mfu", type=float, default=0.5, metavar="SHARE", help="of the peak, in products (default: 0.5)")
+    job.add_argument("--no-largest", action="store_true", help="do not look for the largest batch that fits")
+    job.add_argument("--json", type=Path, metavar="FILE", help="also writes all numbers there")
+    job.set_defaults(command=_compile)
+
+
 def _run(options: argparse.Namespace) -> None:
-    config = configs.load(_found(options.config), options.overrides)
+    asked = ["task={kind: people}"] if options.feedback == "people" else []
+    config = configs.load(_found(options.config), [*asked, *options.overrides])
     folder = options.study or Path("studies") / config.name
 
     from duet_jax import duet
 
-    duet.run(config, folder, options.quiet)
+    duet.run(config, folder, options.quiet, options.worker, options.profile)
 
 
 def _select(options: argparse.Namespace) -> None:
@@ -148,6 +176,24 @@ def _prefer(options: argparse.Namespace) -> None:
     prefer(config, options.output or Path("preferences") / config.name, options.quiet)
 
 
+def _compile(options: argparse.Namespace) -> None:
+    config = configs.load(_found(options.config), options.overrides)
+    if not 0 < options.mfu <= 1:
+        raise ConfigError(f"--mfu is {options.mfu:g}; it must be greater than 0, and at most 1.")
+    if options.json is not None and not options.json.parent.is_dir():
+        raise ConfigError(f"--json is {options.json}, but there is no folder {options.json.parent}; make it first.")
+
+    from duet_jax.distributed import topology
+
+    slice_ = topology.parse(options.topology)
+    # Before anything asks JAX for its devices.
+    topology.prepare()
+
+    from duet_jax.compile import compile_study
+
+    compile_study(config, slice_, mfu=options.mfu, find_largest=not options.no_largest, output=options.json)
+
+
 def _ask(options: argparse.Namespace) -> None:
     Study.open(options.folder)
 
@@ -159,11 +205,17 @@ def _ask(options: argparse.Namespace) -> None:
 
 
 def _tell(options: argparse.Namespace) -> None:
-    if [options.score, options.failed, options.abandoned].count(None) != 2:
-        raise FeedbackError("A trial is told one thing: a score, --failed REASON or --abandoned REASON.")
+    if [options.score, options.failed, options.abandoned, options.ratings or None].count(None) != 3:
+        raise FeedbackError("A trial is told one thing: a score, --failed REASON, --abandoned REASON or --ratings.")
     if options.score is None and options.stderr is not None:
         raise FeedbackError("--stderr is of a score; leave it out.")
     study = Study.open(options.folder)
+    if options.ratings:
+        from duet_jax.serve.ratings import Ratings
+        from duet_jax.serve.telling import tell
+
+        _print_told(study, tell(study, Ratings(study.folder), options.trial))
+        return
     if options.score is None:
         close, reason = (
             (study.fail, options.failed) if options.abandoned is None else (study.abandon, options.abandoned)
@@ -171,7 +223,10 @@ def _tell(options: argparse.Namespace) -> None:
         trial = close(options.trial, reason.strip())
         print(f"trial {trial.trial}: {trial.status}, {_progress(study)}")
         return
-    trial = study.tell(options.trial, options.score, options.stderr)
+    _print_told(study, study.tell(options.trial, options.score, options.stderr))
+
+
+def _print_told(study: Study, trial: Trial) -> None:
     assert trial.feedback is not None
     print(f"trial {trial.trial}: feedback {trial.feedback['value']:g} recorded, {_progress(study)}")
 
@@ -201,6 +256,15 @@ def _found(path: Path) -> Path:
     meant = nearest(path.name, found)
     advice = f"did you mean {folder / meant}?" if meant else f"{folder} holds {', '.join(found)}."
     raise ConfigError(f"There is no file {path}; {advice if found else 'give a YAML file.'}")
+
+
+def _require_folder(name: str, folder: Path | None) -> None:
+    """Refuses the address of a bucket, which `Path` takes for a folder, less one slash."""
+    if folder is not None and re.match(r"[A-Za-z][\w+.-]+:/", str(folder)):
+        address = str(folder).replace(":/", "://", 1)
+        raise StudyError(
+            f"{name} is {address}; a study needs a file system with locks, so give a folder, such as one on NFS 4."
+        )
 
 
 def _is_negative(word: str) -> bool:
@@ -262,7 +326,8 @@ def _print_table(study: Study) -> None:
     for trial in trials:
         shares = [f"{trial.mixture[name]:.0%}" if trial.mixture[name] else "·" for name in study.domain_names]
         loss = "" if trial.training is None else f"{trial.training['loss']:.3f}"
-        state = trial.stage if trial.status == "pending" else f"{trial.status}: {trial.error}" if trial.error else ""
+        stage = trial.stage if trial.worker is None else f"{trial.stage} by {trial.worker}"
+        state = stage if trial.status == "pending" else f"{trial.status}: {trial.error}" if trial.error else ""
         state = "highest so far" if trial is best else state
         chosen = [words(trial.settings).get(name, "") for name in columns]
         cells = [str(trial.trial), *shares, *chosen, loss, _score(trial), state]

@@ -19,6 +19,7 @@ from duet_jax._checks import FieldError, at_least, distinct, require
 from duet_jax._confidence_config import ConfidenceConfig as ConfidenceConfig
 from duet_jax._curate_config import PREFERENCE as PREFERENCE
 from duet_jax._curate_config import ActiveCorrectionConfig as ActiveCorrectionConfig
+from duet_jax._curate_config import AnswersConfig as AnswersConfig
 from duet_jax._curate_config import AskedConfig as AskedConfig
 from duet_jax._curate_config import CalibrationConfig as CalibrationConfig
 from duet_jax._curate_config import ClearConfig as ClearConfig
@@ -30,8 +31,11 @@ from duet_jax._curate_config import SelfGuideConfig as SelfGuideConfig
 from duet_jax._data_config import DataConfig
 from duet_jax._data_config import DomainConfig as DomainConfig
 from duet_jax._decode import decode, encode, flat, override, parse
+from duet_jax._mesh_config import AXES as AXES
+from duet_jax._mesh_config import MeshConfig
 from duet_jax._model_config import ModelConfig
 from duet_jax._model_config import ScratchConfig as ScratchConfig
+from duet_jax._people_config import PeopleConfig as PeopleConfig
 from duet_jax._policy_config import PolicyConfig as PolicyConfig
 from duet_jax._preference_config import PairsConfig as PairsConfig
 from duet_jax._preference_config import PreferenceLoss as PreferenceLoss
@@ -45,6 +49,7 @@ from duet_jax._search_config import SettingConfig as SettingConfig
 from duet_jax._selector_config import SelectorConfig
 from duet_jax._task import TaskConfig
 from duet_jax._task import WeightedTask as WeightedTask
+from duet_jax._tracking_config import TrackingConfig
 from duet_jax.errors import ConfigError
 
 Config = TypeVar("Config")
@@ -169,7 +174,7 @@ class FeedbackConfig:
 @dataclass(frozen=True, kw_only=True)
 class StudyConfig:
     """A whole study. `budget` is the number of examples a round trains on, per epoch; under `training.online`, of
-    candidates that it chooses from."""
+    candidates that it chooses from. For `mesh` see `SelectConfig`."""
 
     name: str
     seed: int = 0
@@ -182,6 +187,8 @@ class StudyConfig:
     feedback: FeedbackConfig = FeedbackConfig()
     search: SearchConfig = SearchConfig()
     selector: SelectorConfig = SelectorConfig()
+    mesh: MeshConfig | None = None
+    tracking: TrackingConfig | None = None
 
     def __post_init__(self) -> None:
         _check_name(self.name, self.seed)
@@ -189,6 +196,7 @@ class StudyConfig:
         names = [domain.name for domain in self.data.domains]
         enough = len(names) > 1 or bool(names and self.search.settings)
         require(enough, "data.domains", names, "a list of at least two domains, or of one with search.settings")
+        self.data.require_responses()
         even = 1 / len(names)
         rule = f"below {even:.3g}, the share of each of {len(names)} domains in the uniform mixture"
         require(self.search.floor < even, "search.floor", self.search.floor, rule)
@@ -208,6 +216,12 @@ class StudyConfig:
         if untrained and self.data.validation_fraction == 0:
             reason = "is missing, and data.validation_fraction is 0, so that nothing is held out to train it on"
             raise FieldError("training.online.reference", f"{reason}; give one of them.")
+        field, least, fidelity = "budget", self.budget, search.fidelity
+        if fidelity is not None and fidelity.field == "budget":
+            field, least = "search.fidelity.levels.0", fidelity.levels[0]
+        if online is not None:
+            rule = f"at least training.online.candidates ({online.candidates}), of which a step chooses"
+            require(least >= online.candidates, field, least, rule)
         try:
             self.selector.check(self.data)
         except FieldError as error:
@@ -229,6 +243,7 @@ class SelectConfig:
       baselines: models that are scored beside it: the base as it is; one trained on as many random examples (of each
         domain, unless `pooled`); one trained on all examples, by the same `training`, as papers compare with full data:
         as many passes, so more steps.
+      mesh: how the work is spread over devices; None: chosen, by their number and memory and the size of the model.
     """
 
     name: str
@@ -243,6 +258,7 @@ class SelectConfig:
     selector: SelectorConfig
     evaluate: TaskConfig | None = None
     baselines: tuple[Literal["none", "random", "all"], ...] = ("none", "random")
+    mesh: MeshConfig | None = None
 
     def __post_init__(self) -> None:
         _check_name(self.name, self.seed)
@@ -253,6 +269,7 @@ class SelectConfig:
         require(self.share is None or 0 < self.share <= 1, "share", self.share, "greater than 0, and at most 1")
         names = [domain.name for domain in self.data.domains]
         require(bool(names), "data.domains", names, "a list of at least one domain")
+        self.data.require_responses()
         for name, share in self.mixture.items():
             require(name in names, "mixture", name, f"made of the domains {', '.join(names)}")
             number = isinstance(share, int | float) and not isinstance(share, bool) and share >= 0
@@ -279,8 +296,9 @@ class SelectConfig:
             raise error.inside("selector") from None
 
     def _check_evaluation(self) -> None:
-        if self.evaluate is not None and self.evaluate.kind == "external":
-            reason = "is 'external', but a selection asks nobody outside; choose another kind, or leave evaluate out."
+        if self.evaluate is not None and self.evaluate.asked_outside:
+            kind = self.evaluate.kind
+            reason = f"is '{kind}', but a selection asks nobody outside; choose another kind, or leave evaluate out."
             raise FieldError("evaluate.kind", reason)
         once = len(set(self.baselines)) == len(self.baselines)
         require(once, "baselines", list(self.baselines), "a list without repetition")

@@ -24,6 +24,7 @@ from duet_jax.curation import (
     Bench,
     Curated,
     active_correction,
+    answers,
     bad_cases,
     clear,
     grounded,
@@ -46,6 +47,7 @@ KINDS: dict[str, Callable[[Bench, Any], Curated]] = {
     "active_correction": active_correction.curate,
     "calibration": pruning.curate,
     "clear": clear.curate,
+    "answers": answers.curate,
 }
 
 
@@ -109,7 +111,11 @@ def _bench(config: CurateConfig, work: Path, say: Callable[[str], None], display
         held_out = [one for spec in config.calibration.held_out for one in load_examples(spec, seed=config.seed)]
     given = None
     if config.model is not None:
-        loaded = load(config.model, config.data, config.training, domains, held_out, config.seed, say)
+        taught, others = domains, held_out
+        if config.kind == "answers":
+            # Prompts alone: they may have no responses, and none of them is cut.
+            taught, others = [], [example for domain in domains for example in domain.train]
+        loaded = load(config.model, config.data, config.training, taught, others, config.seed, say)
         given = Student(
             engine=loaded.engine,
             trainer=loaded.trainer,

@@ -22,12 +22,13 @@ PAUSE = 30.0
 class Display:
     """Progress on a terminal; without one a line a finished round, and one every half minute of other work.
 
-    Nothing is printed when quiet.
+    Nothing is printed when quiet. Where workers share the rounds, no time left is told: none knows the others' pace.
     """
 
-    def __init__(self, rounds: int, *, quiet: bool = False):
+    def __init__(self, rounds: int, *, quiet: bool = False, shared: bool = False):
         self.console = Console(quiet=quiet, highlight=False, soft_wrap=True)
         self._rounds = rounds
+        self._shared = shared
         self._seconds: list[float] = []
         self._progress = Progress(
             SpinnerColumn(),
@@ -68,7 +69,7 @@ class Display:
     def step(self, trial: int, report: StepReport) -> None:
         """Shows a training step."""
         if self._task is not None:
-            note = f"loss {report.loss:.3f}  {report.tokens / max(report.seconds, 1e-9):.0f} tokens/s"
+            note = f"loss {report.loss:.3f}  {report.tokens / report.step_seconds:.0f} tokens/s"
             left = self._left(trial, report)
             self._progress.update(
                 self._task, completed=report.step, total=report.steps, note=f"{note}  {left}".rstrip()
@@ -103,21 +104,20 @@ class Display:
         self.say(
             f"round {number:>2}/{self._rounds}  {shares(trial.mixture, trial.settings)}  loss {loss:.3f}  "
             f"feedback {feedback.value:.4g}{error}  best {best[1]:.4g} (round {best[0] + 1})  {seconds:.0f} s"
-            + ("" if number >= self._rounds else f"  {self._left(number)}")
+            + ("" if self._shared or number >= self._rounds else f"  {self._left(number)}")
         )
 
     def _left(self, trial: int, report: StepReport | None = None) -> str:
         """Time until the last round ends, from the mean of the rounds so far and the steps of this one."""
-        remaining = self._rounds - trial
-        if self._seconds:
-            mean = sum(self._seconds) / len(self._seconds)
-            seconds = remaining * mean - (report.seconds if report else 0.0)
-        elif report is not None and report.seconds > 0:
-            one = report.seconds / report.step * report.steps
-            seconds = remaining * one - report.seconds
-        else:
+        if self._shared or not (self._seconds or report):
             return ""
-        return f"{datetime.timedelta(seconds=round(max(seconds, 0.0)))} left"
+        remaining: float = self._rounds - trial
+        one = sum(self._seconds) / max(len(self._seconds), 1)
+        if report is not None:
+            # A resumed training has taken steps before this process began.
+            remaining -= report.step / report.steps
+            one = one or report.steps * report.step_seconds
+        return f"{datetime.timedelta(seconds=round(max(remaining, 0.0) * one))} left"
 
 
 def shares(mixture: Mapping[str, float], settings: Mapping[str, Any] | None = None) -> str:

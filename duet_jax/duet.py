@@ -13,31 +13,30 @@ instead of 50 random mixtures; one model is trained per mixture and all feedback
 from __future__ import annotations
 
 import dataclasses
-import math
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
+import filelock
 import numpy as np
 
 from duet_jax import job as jobs
+from duet_jax import kept, workers
 from duet_jax.config import StudyConfig
 from duet_jax.display import Display, shares
 from duet_jax.errors import StudyError
 from duet_jax.feedback import Deployed
 from duet_jax.feedback.likelihood import response_tokens
 from duet_jax.job import Job
+from duet_jax.proposals import new_trial, next_trial
 from duet_jax.recall import at_target, make_search, recall
 from duet_jax.search import Search
-from duet_jax.search.constraints import round_counts
 from duet_jax.study import Study
+from duet_jax.tracking import Tracking
 from duet_jax.training.sft import StepReport, Trained
 from duet_jax.trial import Trial
-
-MOST_FAILURES = 3
+from duet_jax.watching import Watch, watching
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,29 +61,50 @@ class Result:
     settings: dict[str, Any] | None = None
 
 
-def run(config: StudyConfig, folder: Path, quiet: bool = False) -> Result:
+def run(
+    config: StudyConfig, folder: Path, quiet: bool = False, worker: str | None = None, profile: Path | None = None
+) -> Result:
     """Runs a study to its last round, from wherever its directory stands.
 
     With a task of kind `external` one model is trained and exported, and the run ends: the feedback comes by
-    `duet tell`, and another run trains the next one, whether or not it has come.
+    `duet tell`, and another run trains the next one, whether or not it has come. With a task of kind `people` the run
+    goes on as `duet serve`, another process, tells what ratings there are.
+
+    Args:
+      config: the study's configuration.
+      folder: the study's directory, which may be there already.
+      quiet: whether nothing is printed.
+      worker: a name; other processes may run the study under other names at the same time. Each trains trials of its
+        own, and goes on with those of workers that died. Without a name no other process may train.
+      profile: folder for a trace of a few training steps, for TensorBoard's profiler.
 
     Raises:
-      StudyError: another run holds the directory, or it belongs to another configuration.
+      StudyError: another run holds the directory, or a worker its name, or it belongs to another configuration.
       ConfigError, DataError, ModelError: before anything is trained.
       FeedbackError: the task could not be asked; the trained model is kept, and a new run asks again.
     """
-    study = Study.open(folder, config) if Study.exists(folder) else Study.create(folder, config)
-    with study.running(), Display(config.rounds, quiet=quiet) as display:
+    study = Study.begin(folder, config)
+    held = workers.alone(study) if worker is None else workers.join(study, worker)
+    with held as me, Display(config.rounds, quiet=quiet, shared=worker is not None) as display:
+        tracking = Tracking(study)
         job = jobs.prepare(config, study.folder, display.say, display.work)
         if config.search.repetition is not None:
             study.note_sizes(job.sizes)
-        while (trial := _unfinished(study) or _next_trial(job, study)) is not None:
-            advance(job, study, trial, display)
-            if job.task is None:
-                break
+        with watching(study, display, tracking, job.trainer.compute_dtype, profile) as watch:
+            while (trial := next_trial(study, job.search, me, display)) is not None:
+                try:
+                    advance(job, study, trial, watch)
+                except Exception:
+                    # Whatever went wrong, it may be because the trial's folder is another worker's by now.
+                    if study.holds(trial):
+                        raise
+                    display.say(f"round {trial.trial + 1} was taken over by another worker")
+                if config.task.kind == "external":
+                    break
+        told = study.completed()
         result = best(study, job.search)
         if result.trial is not None:
-            _forget_models(study, keep=result.trial)
+            kept.forget(study, told, result.trial)
             _export_best(job, study, result.trial, display)
             display.say(
                 f"best mixture: {shares(result.mixture or {}, result.settings)}, expected feedback "
@@ -92,7 +112,7 @@ def run(config: StudyConfig, folder: Path, quiet: bool = False) -> Result:
             )
         for number in result.waiting:
             display.say(
-                f"trial {number} waits for its feedback: its model is in {_export_folder(study, number)}; "
+                f"trial {number} waits for its feedback: its model is in {kept.export(study, number)}; "
                 f"tell it with: duet tell {study.folder} {number} SCORE"
             )
         return result
@@ -111,9 +131,9 @@ def ask(folder: Path) -> Trial:
     config = study.config
     if config.search.repetition is not None and study.sizes() is None:
         study.note_sizes(jobs.domain_sizes(config))
-    search = make_search(config, study.sizes())
-    with study.editing():
-        return _propose(study, search, stage="asked")
+    trial = new_trial(study, make_search(config, study.sizes()), "asked")
+    assert trial is not None
+    return trial
 
 
 def best(study: Study, search: Search) -> Result:
@@ -129,30 +149,38 @@ def best(study: Study, search: Search) -> Result:
     return Result(mixture, float(mean[top]), float(stderr[top]), told[top].trial, waiting, settings[top])
 
 
-def advance(job: Job, study: Study, trial: Trial, display: Display) -> None:
+def advance(job: Job, study: Study, trial: Trial, watch: Watch) -> None:
     """Takes one trial from its proposal to its feedback, through whatever stages are missing."""
-    began = time.perf_counter()
+    began, display = time.perf_counter(), watch.display
     display.stage(trial.trial, "training")
-    trial, model = train(job, study, trial, display)
-    assert trial.training is not None
-    if study.trials()[trial.trial].status != "pending":
-        display.say(f"round {trial.trial + 1} was closed from outside while it was trained")
-        return
-    if trial.diverged:
-        study.abandon(trial, "the training loss is not finite")
-        shutil.rmtree(_checkpoint_folder(study, trial.trial), ignore_errors=True)
-        display.say(f"round {trial.trial + 1} is abandoned: the training loss is not finite")
-        return
-    if job.task is None:
-        model.export(_export_folder(study, trial.trial))
-        return
-    display.stage(trial.trial, "evaluating")
-    feedback = job.coarse(job.task(model), trial.seeds["feedback"])
-    independent = job.config.task.kind in ("python", "command")
-    study.tell(trial.trial, feedback.value, feedback.stderr, details=feedback.details, independent=independent)
+    with watch.tracking.trial(trial) as log:
+        trial, model = train(job, study, trial, watch.steps(trial, log))
+        assert trial.training is not None
+        if _closed(study, trial, "trained", display):
+            return
+        if trial.diverged:
+            study.abandon(trial, "the training loss is not finite")
+            kept.forget(study, [trial], None)
+            display.say(f"round {trial.trial + 1} is abandoned: the training loss is not finite")
+            return
+        if job.task is None:
+            if job.config.task.kind == "external":
+                model.export(kept.export(study, trial.trial))
+            return
+        display.stage(trial.trial, "evaluating")
+        feedback = job.coarse(job.task(model), trial.seeds["feedback"])
+        independent = job.config.task.kind in ("python", "command")
+        with study.editing():
+            if _closed(study, trial, "evaluated", display):
+                return
+            study.tell(trial, feedback.value, feedback.stderr, details=feedback.details, independent=independent)
+        # TensorBoard hides what it has from the first step that a resumed run logs: not the last one of training.
+        log(trial.training["steps"] + 1, {"feedback": feedback.value, "feedback_stderr": feedback.stderr})
+    # Read before the best is known, so that what other workers tell meanwhile is not forgotten unseen.
+    told = study.completed()
     result = best(study, job.search)
     assert result.trial is not None and result.value is not None
-    _forget_models(study, keep=result.trial)
+    kept.forget(study, told, result.trial)
     display.round(
         trial,
         trial.training["loss"],
@@ -162,19 +190,35 @@ def advance(job: Job, study: Study, trial: Trial, display: Display) -> None:
     )
 
 
-def train(job: Job, study: Study, trial: Trial, display: Display) -> tuple[Trial, Deployed]:
+def _closed(study: Study, trial: Trial, done: str, display: Display) -> bool:
+    """Whether somebody has told or closed a trial while this process trained or evaluated it; says so."""
+    closed = study.trials()[trial.trial].status != "pending"
+    if closed:
+        display.say(f"round {trial.trial + 1} was closed from outside while it was {done}")
+    return closed
+
+
+def train(job: Job, study: Study, trial: Trial, on_step: Callable[[StepReport], None]) -> tuple[Trial, Deployed]:
     """Samples the trial's examples, trains on them, or goes on from its checkpoint, and notes how it went."""
-
-    def on_step(report: StepReport) -> None:
-        display.step(trial.trial, report)
-        study.append_metrics([{"trial": trial.trial, **dataclasses.asdict(report)}])
-
     began = time.perf_counter()
-    rows, repeats, trained, model = _fit(job, trial, _checkpoint_folder(study, trial.trial), on_step)
+    rows, repeats, trained, model = _fit(job, trial, kept.checkpoints(study, trial), on_step)
     if trial.training is None:
         notes = _notes(job, trained, model, rows, repeats, time.perf_counter() - began)
         trial = study.update(trial, stage="trained", training=notes)
     return trial, model
+
+
+def deployed(job: Job, study: Study, trial: Trial) -> Deployed:
+    """The model of a trained trial, from its checkpoint.
+
+    Raises:
+      StudyError: the checkpoint is gone.
+      ModelError: it is of another model or of other data.
+    """
+    folder = kept.checkpoints(study, trial)
+    if trial.stage == "proposed" or not folder.exists():
+        raise StudyError(f"Trial {trial.trial} of {study.folder} has no trained model in {folder}.")
+    return _fit(job, trial, folder, lambda report: None)[-1]
 
 
 def _fit(
@@ -215,84 +259,6 @@ def _notes(
     }
 
 
-def _unfinished(study: Study) -> Trial | None:
-    """The first trial of ours that was not seen through: to its feedback, or to the export that others score."""
-    external = study.config.task.kind == "external"
-    for trial in study.trials():
-        exported = external and _export_folder(study, trial.trial).exists()
-        if trial.status == "pending" and (trial.stage == "proposed" or (trial.stage == "trained" and not exported)):
-            return trial
-    return None
-
-
-def _next_trial(job: Job, study: Study) -> Trial | None:
-    """A new trial, or None when the study has all its rounds."""
-    trials = study.trials()
-    if len(trials) >= MOST_FAILURES and all(trial.diverged for trial in trials[-MOST_FAILURES:]):
-        raise StudyError(
-            f"The last {MOST_FAILURES} trials of {study.folder} failed ({trials[-1].error}); "
-            f"lower training.learning_rate, or the range of it that is searched, and start a new study."
-        )
-    if sum(trial.status in ("pending", "completed") for trial in trials) >= study.config.rounds:
-        return None
-    with study.editing():
-        return _propose(study, job.search, stage="proposed")
-
-
-def _propose(study: Study, search: Search, *, stage: str) -> Trial:
-    names, trials, config = study.domain_names, study.trials(), study.config
-    number = len(trials)
-    state, *_ = recall(search, study)
-    # The search keeps away from what was abandoned as from what is under way; what failed may come back.
-    avoided = [trial for trial in trials if trial.status in ("pending", "abandoned") or trial.diverged]
-    mixture, diagnostics = search.ask(
-        state,
-        key=jax.random.fold_in(jax.random.key(config.seed), number),
-        pending=np.array([[trial.mixture[name] for name in names] for trial in avoided]).reshape(-1, len(names)),
-        pending_settings=[trial.settings for trial in avoided],
-    )
-    counts = round_counts(mixture, diagnostics.settings.get("budget", config.budget), search.constraints)
-    # What is trained on is what the surrogate hears of: whole examples.
-    realised = counts / counts.sum()
-    words = np.random.SeedSequence([config.seed, number]).generate_state(3)
-    return study.new_trial(
-        mixture={name: float(share) for name, share in zip(names, realised, strict=True)},
-        counts={name: int(count) for name, count in zip(names, counts, strict=True)},
-        settings=diagnostics.settings,
-        proposal={
-            "mean": diagnostics.mean,
-            "stderr": diagnostics.stderr,
-            "acquisition": diagnostics.acquisition if math.isfinite(diagnostics.acquisition) else None,
-            "gap": diagnostics.gap if math.isfinite(diagnostics.gap) else None,
-            "origin": diagnostics.origin,
-        },
-        seeds=dict(zip(("sample", "training", "feedback"), map(int, words), strict=True)),
-        stage=stage,
-    )
-
-
-def _checkpoint_folder(study: Study, number: int) -> Path:
-    return study.folder / "checkpoints" / f"{number:04d}"
-
-
-def _target_folder(study: Study, number: int) -> Path:
-    """Checkpoints of a training at the target fidelity of what a trial tried at a lower one."""
-    return study.folder / "checkpoints" / f"{number:04d}-target"
-
-
-def _export_folder(study: Study, number: int) -> Path:
-    return study.folder / "exports" / f"{number:04d}"
-
-
-def _forget_models(study: Study, keep: int) -> None:
-    """Removes models of finished trials other than the best; any can be trained again to the same bits."""
-    for trial in study.completed():
-        shutil.rmtree(_export_folder(study, trial.trial), ignore_errors=True)
-        if trial.trial != keep:
-            shutil.rmtree(_checkpoint_folder(study, trial.trial), ignore_errors=True)
-            shutil.rmtree(_target_folder(study, trial.trial), ignore_errors=True)
-
-
 def _export_best(job: Job, study: Study, number: int, display: Display) -> None:
     """Writes the best trial's model as a Hugging Face folder, training it again if its checkpoint is gone.
 
@@ -301,13 +267,20 @@ def _export_best(job: Job, study: Study, number: int, display: Display) -> None:
     trial, fidelity = study.trials()[number], study.config.search.fidelity
     if trial.training is None:  # asked for and trained by somebody else
         return
-    display.stage(number, "exporting")
-    if fidelity is None or trial.settings[fidelity.field] == fidelity.levels[-1]:
-        _, model = train(job, study, trial, display)
-    else:
-        mixture = np.array([trial.mixture[name] for name in job.names])
-        counts = dict(zip(job.names, map(int, job.counts(mixture)), strict=True))
-        settings = {**trial.settings, fidelity.field: fidelity.levels[-1]}
-        whole = dataclasses.replace(trial, counts=counts, settings=settings)
-        *_, model = _fit(job, whole, _target_folder(study, number), lambda report: display.step(number, report))
-    model.export(study.folder / "best_model")
+    lock = filelock.FileLock(study.folder / "export.lock")
+    try:
+        held = lock.acquire(blocking=False)
+    except filelock.Timeout:
+        display.say("another worker writes the best model")
+        return
+    with held:
+        display.stage(number, "exporting")
+        checkpoints = kept.checkpoints(study, trial)
+        if fidelity is not None and trial.settings[fidelity.field] != fidelity.levels[-1]:
+            mixture = np.array([trial.mixture[name] for name in job.names])
+            counts = dict(zip(job.names, map(int, job.counts(mixture)), strict=True))
+            settings = {**trial.settings, fidelity.field: fidelity.levels[-1]}
+            trial = dataclasses.replace(trial, counts=counts, settings=settings)
+            checkpoints = kept.target_checkpoints(study, trial)
+        *_, model = _fit(job, trial, checkpoints, lambda report: display.step(number, report))
+        model.export(study.folder / "best_model")

@@ -7,13 +7,16 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import filelock
+import jax
 import numpy as np
 
 from duet_jax import models
 from duet_jax._search_config import configured
 from duet_jax.config import StudyConfig, TrainingConfig
 from duet_jax.data import Encoded, join
-from duet_jax.errors import DataError, StudyError
+from duet_jax.distributed.place import row_parts
+from duet_jax.errors import ConfigError, DataError, StudyError
 from duet_jax.feedback import Coarse, Engine, Task
 from duet_jax.loading import Goal, check_layers, load, load_all, load_goal
 from duet_jax.recall import make_search
@@ -121,23 +124,48 @@ def prepare(
     """
     make_search(config)
     domains = load_all(config.data, config.seed)
+    online, plain = config.training.online, dataclasses.replace(config.training, online=None)
+    total = sum(len(domain.train) for domain in domains)
+    if online is not None and total < online.candidates:
+        raise ConfigError(
+            f"training.online.candidates is {online.candidates}, but the domains have {total} training examples in "
+            f"all; lower it, or add data."
+        )
     # What even all examples are too few for is told before the model is loaded.
     make_search(config, _sizes(config, [len(domain.train) for domain in domains]))
     unseen = read_task(config.task, config.seed, "task")
     selector, selections = config.selector, folder / "selections"
     goal = load_goal(selector, config.data.domains, domains, config.seed, selections)
     texts = [*unseen.texts, *(example for _, examples in goal.targets for example in examples)]
-    online, plain = config.training.online, dataclasses.replace(config.training, online=None)
-    loaded = load(config.model, config.data, plain, domains, texts, config.seed, say)
+    loaded = load(config.model, config.data, plain, domains, texts, config.seed, say, config.mesh, jax.devices())
     model = loaded.model
     check_layers(model, config.training, _searched_layers(config))
-    task = None if config.task.kind == "external" else unseen.build(loaded.engine)
+    _check_searched_batches(config, row_parts(loaded.trainer.mesh))
+    if config.task.kind == "people" and config.task.max_new_tokens > model.config.max_length - 2:
+        raise ConfigError(
+            f"task.max_new_tokens is {config.task.max_new_tokens}, but the model {model.source} takes at most "
+            f"{model.config.max_length} tokens, of which the prompt needs some; lower task.max_new_tokens."
+        )
+    task = None if config.task.asked_outside else unseen.build(loaded.engine)
     held_out = {
         domain.name: loaded.encode(domain.validation[: config.data.validation_examples], f"{domain.name} (validation)")
         for domain in domains
         if domain.validation and config.data.validation_examples
     }
-    utilities = loaded.utilities(selector, goal, selections, config.seed, say, on_progress)
+    reference = None
+    selections.mkdir(parents=True, exist_ok=True)
+    # Of workers that begin together one scores, and the others read what it kept.
+    lock = filelock.FileLock(selections / ".lock")
+    try:
+        held = lock.acquire(blocking=False)
+    except filelock.Timeout:
+        say("another worker scores the examples; this one waits for it")
+        held = lock.acquire()
+    with held:
+        utilities = loaded.utilities(selector, goal, selections, config.seed, say, on_progress)
+        if online is not None:
+            pool = loaded.pool(Goal((), None), None, config.seed, say, on_progress)
+            reference = reference_losses(pool, online, selections)
     for domain, values in zip(domains, utilities, strict=True):
         if not np.any(values > -np.inf):
             raise DataError(
@@ -147,10 +175,6 @@ def prepare(
     # Which examples the selector leaves out is known only now.
     sizes = _sizes(config, [int(np.count_nonzero(values > -np.inf)) for values in utilities])
     search = make_search(config, sizes)
-    reference = None
-    if online is not None:
-        pool = loaded.pool(Goal((), None), None, config.seed, say, on_progress)
-        reference = reference_losses(pool, online, selections)
     feedback = config.feedback
     return Job(
         config=config,
@@ -190,6 +214,20 @@ def _sizes(config: StudyConfig, counts: Sequence[int]) -> dict[str, int]:
     rule, fraction = config.selector.rule, config.selector.fraction
     pairs = zip(config.data.domains, counts, strict=True)
     return {domain.name: pool_size(count, rule=rule, fraction=fraction) for domain, count in pairs}
+
+
+def _check_searched_batches(config: StudyConfig, parts: int) -> None:
+    """Raises a ConfigError if trials may have batches that the devices cannot share; micro-batches are not searched."""
+    for setting in config.search.settings if config.training.micro_batch_size is None else ():
+        if setting.field == "training.batch_size":
+            low, high = setting.low, setting.high
+            sizes = setting.values if low is None or high is None else range(int(low), int(high) + 1)
+            wrong = [size for size in sizes if size % parts]
+            if wrong:
+                raise ConfigError(
+                    f"search.settings: training.batch_size may be {wrong[0]}; it must be a multiple of {parts}, the "
+                    f"devices along data and fsdp of the mesh."
+                )
 
 
 def _searched_layers(config: StudyConfig) -> list[tuple[int, ...]]:

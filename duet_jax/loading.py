@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from duet_jax import models
-from duet_jax.config import DataConfig, DomainConfig, ModelConfig, SelectorConfig, TrainingConfig
+from duet_jax.config import DataConfig, DomainConfig, MeshConfig, ModelConfig, SelectorConfig, TrainingConfig
 from duet_jax.data import Domain, Encoded, Example, encode, load_domains, load_examples
 from duet_jax.data.characters import CharacterTokenizer
+from duet_jax.distributed.mesh import make_mesh
+from duet_jax.distributed.place import place, row_parts
+from duet_jax.distributed.target import platform
 from duet_jax.errors import ConfigError, DataError
 from duet_jax.feedback import Engine
 from duet_jax.feedback.rewards import Reward, build_reward, of_parts
 from duet_jax.influence.given import external_samples
 from duet_jax.models import llama
-from duet_jax.selection import Asked, Pool, load_utilities, score
+from duet_jax.models import lora as adapters
+from duet_jax.selection import Asked, Pool, Scores, load_utilities, score_with_details
 from duet_jax.training.sft import Trainer
 
 # Of a model that is taken as it is, nothing of its training is read but that adapters leave the base in memory.
@@ -78,7 +85,19 @@ class Loaded:
         say: Callable[[str], None],
         on_progress: Callable[[str, int, int], None],
     ) -> tuple[np.ndarray, ...]:
-        """Utilities float64 `[examples]` of each domain's training examples; kept in `folder`.
+        """Utilities float64 `[examples]` of each domain's training examples; see `scores`."""
+        return self.scores(selector, goal, folder, seed, say, on_progress).utilities
+
+    def scores(
+        self,
+        selector: SelectorConfig,
+        goal: Goal,
+        folder: Path,
+        seed: int,
+        say: Callable[[str], None],
+        on_progress: Callable[[str, int, int], None],
+    ) -> Scores:
+        """Utilities of all training examples, and what they are made of; kept in `folder`.
 
         Raises:
           DataError: a file of utilities is wrong, or a domain has no held-out example that it needs.
@@ -86,13 +105,13 @@ class Loaded:
         """
         if selector.scores:
             asked = self._asked(selector, goal, say)
-            return score(self.pool(goal, asked, seed, say, on_progress), selector, folder)
+            return score_with_details(self.pool(goal, asked, seed, say, on_progress), selector, folder)
         found = []
         for domain, encoded in zip(self.domains, self.train, strict=True):
             every = load_utilities(selector.kind, domain.name, domain.train, path=selector.path, cache_folder=folder)
             kept = set(encoded.ids)
             found.append(every[[example.id in kept for example in domain.train]])
-        return tuple(found)
+        return Scores(tuple(found), {})
 
     def pool(
         self,
@@ -191,6 +210,8 @@ def load(
     others: Sequence[Example],
     seed: int,
     say: Callable[[str], None],
+    mesh: MeshConfig | None = None,
+    devices: Sequence[jax.Device] = (),
 ) -> Loaded:
     """Loads the model and turns the domains into tokens.
 
@@ -202,17 +223,42 @@ def load(
       others: examples that the model will see besides; a model from scratch knows their characters.
       seed: of a model from scratch.
       say: is given one line of news at a time.
+      mesh: how the devices are arranged; None: it is chosen, of as many of them as share the rows of a batch evenly.
+      devices: that the work is spread over; none: it is done on the default one.
 
     Raises:
       ConfigError, DataError, ModelError: the first mistake found.
     """
-    training = training or _UNTRAINED
+    training = training or dataclasses.replace(_UNTRAINED, batch_size=math.lcm(8, len(devices) or 1))
     if training.online is not None:
         raise ConfigError("training.online is of the rounds of a study; leave it out.")
-    model = _load_model(config, data, training, domains, others, seed)
+
+    def read() -> models.Model:
+        if len(devices) < 2:
+            return _load_model(config, data, training, domains, others, seed)
+        # What many devices hold together may be more than one of them can.
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+            return _load_model(config, data, training, domains, others, seed)
+
+    model = read()
     check_layers(model, training, [training.lora.layers or ()])
     size = sum(x.size for x in jax.tree.leaves(model.params)) / 1e6
     say(f"model: {model.source}, {size:.1f} M parameters, computing in {config.dtype}")
+    spread = mesh_of(mesh, devices, model, training)
+    if spread is not None:
+        axes = " · ".join(f"{name} {size}" for name, size in spread.shape.items())
+        say(f"mesh: {axes}, {spread.size} of {len(devices)} devices")
+    elif len(devices) > 1:
+        field = "batch_size" if training.micro_batch_size is None else "micro_batch_size"
+        say(
+            f"mesh: none, 1 of {len(devices)} devices; a training.{field} that is a multiple of {len(devices)} uses all"
+        )
+
+    def put(params: llama.Params) -> llama.Params:
+        # Of many devices one is left: what was read on the host goes there.
+        return jax.device_put(params, devices[0]) if spread is None and len(devices) > 1 else place(spread, params)
+
+    model = dataclasses.replace(model, params=put(model.params))
     resident: llama.Params | None = model.params
     if training.method == "full":
         # Each round changes the parameters in place; the next one reads them anew rather than that two copies
@@ -222,7 +268,7 @@ def load(
     def load_base() -> llama.Params:
         if resident is not None:
             return resident
-        return _load_model(config, data, training, domains, others, seed).params
+        return put(read().params)
 
     chat = config.chat
     if chat is None:
@@ -241,13 +287,54 @@ def load(
         pad_id=model.tokenizer.pad_id,
         compute_dtype=jnp.dtype(config.dtype),
         remat=config.remat,
+        mesh=spread,
     )
-    engine = Engine(model, chat, buckets, trainer.compute_dtype)
+    engine = Engine(model, chat, buckets, trainer.compute_dtype, spread)
     loaded = Loaded(domains, (), model, chat, data.max_length, trainer, engine)
     train = tuple(loaded.encode(domain.train, domain.name) for domain in domains)
     for domain, encoded in zip(domains, train, strict=True):
         say(_describe(domain, encoded, data.max_length))
     return dataclasses.replace(loaded, train=train)
+
+
+def mesh_of(
+    config: MeshConfig | None,
+    devices: Sequence[jax.Device],
+    model: models.Model,
+    training: TrainingConfig,
+    device_bytes: int | None = None,
+) -> Mesh | None:
+    """The mesh of a job; None where one device does all of it. `device_bytes` is of devices that cannot be asked.
+
+    Raises:
+      ConfigError: the mesh is not made for these devices, this model, or this training.
+    """
+    if not devices:
+        return None
+    field = "batch_size" if training.micro_batch_size is None else "micro_batch_size"
+    rows = getattr(training, field)
+    if config is None:
+        devices = devices[: math.gcd(len(devices), rows)]
+    mesh = make_mesh(config, devices, _state_bytes(model, training), device_bytes=device_bytes)
+    if rows % row_parts(mesh):
+        raise ConfigError(
+            f"training.{field} is {rows}; it must be a multiple of {row_parts(mesh)}, the devices along data and fsdp "
+            f"of the mesh."
+        )
+    heads, tensor = model.config.num_kv_heads, mesh.shape["tensor"]
+    if heads % tensor:
+        raise ConfigError(f"mesh.tensor is {tensor}; it must divide the {heads} key and value heads of {model.source}.")
+    return None if mesh.size == 1 else mesh
+
+
+def _state_bytes(model: models.Model, training: TrainingConfig) -> int:
+    """What a training keeps: of what is trained also gradients and both moments, all float32."""
+    if training.method == "full":
+        return 16 * sum(x.size for x in jax.tree.leaves(model.params))
+    chosen = adapters.LoraConfig(training.lora.rank, targets=tuple(training.lora.targets))
+    factors = jax.eval_shape(lambda: adapters.init(model.config, chosen, key=jax.random.key(0)).factors)
+    base = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(model.params))
+    return base + 16 * sum(x.size for x in jax.tree.leaves(factors))
 
 
 def check_layers(model: models.Model, training: TrainingConfig, chosen: Iterable[Sequence[int]]) -> None:
@@ -260,6 +347,15 @@ def check_layers(model: models.Model, training: TrainingConfig, chosen: Iterable
             )
 
 
+def base_dtype(config: ModelConfig, training: TrainingConfig) -> Any:
+    """Of a base model's parameters. Under LoRA they are only multiplied with, and kept in the dtype of products.
+
+    XLA's CPU compiler widens whole stacks of bfloat16 before it slices a layer, so there float32 is smaller.
+    """
+    narrow = training.method == "lora" and platform() != "cpu"
+    return jnp.dtype(config.dtype if narrow else "float32")
+
+
 def _load_model(
     config: ModelConfig,
     data: DataConfig,
@@ -269,11 +365,7 @@ def _load_model(
     seed: int,
 ) -> models.Model:
     if config.source is not None:
-        # Under LoRA the base is only multiplied with, in the compute dtype: it is kept in no wider one. XLA's
-        # CPU compiler widens whole stacks of bfloat16 before it slices a layer, so there float32 is smaller.
-        narrow = training.method == "lora" and jax.default_backend() != "cpu"
-        keep = config.dtype if narrow else "float32"
-        return models.load(config.source, dtype=jnp.dtype(keep))
+        return models.load(config.source, dtype=base_dtype(config, training))
     scratch = config.scratch
     assert scratch is not None
     trained_on = [example for domain in domains for example in (*domain.train, *domain.validation)]

@@ -10,7 +10,7 @@ import numpy as np
 from duet_jax._search_config import is_whole
 from duet_jax.config import StudyConfig
 from duet_jax.errors import ConfigError, StudyError
-from duet_jax.search import Choice, Constraints, Fidelity, Number, Observations, Search, Space, Subset
+from duet_jax.search import Choice, Constraints, Fidelity, Number, Observations, Scores, Search, Space, Stars, Subset
 from duet_jax.search.constraints import Group
 from duet_jax.study import Study
 from duet_jax.trial import Trial
@@ -29,6 +29,7 @@ def make_search(config: StudyConfig, sizes: Mapping[str, int] | None = None) -> 
     chosen = config.search
     names = [domain.name for domain in config.data.domains]
     prior, total = chosen.prior, sum(chosen.prior.values())
+    people = config.task.people
     try:
         return Search(
             num_domains=len(names),
@@ -40,6 +41,7 @@ def make_search(config: StudyConfig, sizes: Mapping[str, int] | None = None) -> 
             prior=tuple(prior.get(name, 0.0) / total for name in names) if prior else (),
             penalty=chosen.penalty,
             space=make_space(config),
+            feedback=Stars(people.stars) if people is not None and people.heard == "ordinal" else Scores(),
         )
     except ValueError as error:
         raise ConfigError(f"No mixture can be proposed under data.domains and search: {error}") from None
@@ -70,7 +72,12 @@ def recall(search: Search, study: Study) -> tuple[Observations, list[Trial], np.
     mixtures, values, errors = study.observations(told)
     for trial, mixture, value, error in zip(told, mixtures, values, errors, strict=True):
         try:
-            state = search.tell(state, mixture, float(value), error, settings=trial.settings)
+            if isinstance(search.feedback, Stars):
+                assert trial.feedback is not None
+                stars = np.repeat(np.arange(1, search.feedback.levels + 1), trial.feedback.get("ratings") or 0)
+                state = search.tell(state, mixture, stars, settings=trial.settings)
+            else:
+                state = search.tell(state, mixture, float(value), error, settings=trial.settings)
         except ValueError as problem:
             raise StudyError(f"Trial {trial.trial} of {study.folder} does not fit its study: {problem}") from None
     return state, told, mixtures, values

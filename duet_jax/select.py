@@ -2,7 +2,7 @@
 
 Written into a folder are
   scores.parquet     a row for every training example: domain, id, utility, rank among those it was chosen from, and
-                     whether it was chosen
+                     whether it was chosen; of davir, rho and loss_band also losses in nats and response tokens
   selected.jsonl     the chosen examples, highest utility first, with domain and utility: a source for `duet run`
   selection.json     what was done: configuration, model, counts, versions, what was said meanwhile, and with `evaluate`
                      the `evaluation`: a row for the model trained on the chosen examples and for each baseline
@@ -16,10 +16,11 @@ import dataclasses
 import importlib.metadata
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -40,11 +41,12 @@ from duet_jax.unseen import read_task
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
-    """The examples of a domain that can be chosen, and their utilities, float64 `[n]`."""
+    """The examples of a domain that can be chosen, their utilities, float64 `[n]`, and what they are made of, `[n]`."""
 
     name: str
     examples: Sequence[Example]
     utilities: np.ndarray
+    details: Mapping[str, np.ndarray]
 
 
 def select(config: SelectConfig, folder: Path, quiet: bool = False) -> dict[str, tuple[str, ...]]:
@@ -105,7 +107,9 @@ def _load(
         return None, None
     others = [example for _, examples in goal.targets for example in examples]
     others += [] if unseen is None else unseen.texts
-    loaded = load(config.model, config.data, config.training, domains, others, config.seed, say)
+    loaded = load(
+        config.model, config.data, config.training, domains, others, config.seed, say, config.mesh, jax.devices()
+    )
     if unseen is None:
         return loaded, None
     task = unseen.build(loaded.engine)
@@ -129,14 +133,17 @@ def _score(
                 domain.name,
                 domain.train,
                 load_utilities(selector.kind, domain.name, domain.train, path=selector.path, cache_folder=work),
+                {},
             )
             for domain in domains
         ]
-    utilities = loaded.utilities(selector, goal, work, config.seed, say, display.work)
-    found = []
-    for domain, encoded, values in zip(domains, loaded.train, utilities, strict=True):
-        kept = set(encoded.ids)
-        found.append(Scored(domain.name, [example for example in domain.train if example.id in kept], values))
+    scores = loaded.scores(selector, goal, work, config.seed, say, display.work)
+    found, start = [], 0
+    for domain, encoded, values in zip(domains, loaded.train, scores.utilities, strict=True):
+        kept, rows = set(encoded.ids), slice(start, start + len(encoded))
+        details = {name: numbers[rows] for name, numbers in scores.details.items()}
+        found.append(Scored(domain.name, [example for example in domain.train if example.id in kept], values, details))
+        start = rows.stop
     return found
 
 
@@ -211,6 +218,7 @@ def _write(
             "selected": np.concatenate(
                 [np.isin(np.arange(len(p.examples)), rows) for p, rows in zip(scored, chosen, strict=True)]
             ),
+            **{name: np.concatenate([part.details[name] for part in scored]) for name in scored[0].details},
         }
     )
     content = io.BytesIO()

@@ -4,7 +4,8 @@
     trials/NNNN.json  one small file a trial, replaced as a whole
     sizes.json        the domains' numbers of examples, where the search depends on them
     metrics.jsonl     one line a logged training step
-    run.lock          held by `duet run` from start to end; run.holder.json says by whom
+    metrics.NAME.jsonl  the same of the worker NAME
+    ratings.jsonl     what people say of the trials, where they are asked
     write.lock        held for the moment of a change, so that `duet tell` works beside a run
 
 The trial files are the source of truth. The search's state is derived from them and can be rebuilt.
@@ -15,8 +16,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
-import os
-import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -34,7 +33,7 @@ from duet_jax.trial import Trial
 from duet_jax.types import Feedback
 
 # Of a configuration, what may change between two runs of a study.
-MAY_CHANGE = ("rounds",)
+MAY_CHANGE = ("rounds", "tracking", "task.people.open", "task.people.instructions")
 SECONDS_TO_WAIT = 30.0
 
 
@@ -67,16 +66,31 @@ class Study:
             raise StudyError(f"{folder} already holds a study; open it, or give another directory.")
         # What a creation that was killed may have left behind is no obstacle to the next one.
         ours = {"trials", "write.lock"}
+        study = cls(folder, config)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             others = [e.name for e in folder.iterdir() if e.name not in ours and not is_temporary(e)]
             if others:
                 raise StudyError(f"{folder} holds other files, such as {others[0]}; give an empty directory.")
-            (folder / "trials").mkdir(exist_ok=True)
-            write(folder / "config.yaml", configs.dump(config))
+            with study.editing():
+                if cls.exists(folder):
+                    raise StudyError(f"{folder} was made a study by another process; open it.")
+                (folder / "trials").mkdir(exist_ok=True)
+                write(folder / "config.yaml", configs.dump(config))
         except OSError as error:
             raise StudyError(f"{folder} cannot be made a study directory: {error.strerror}.") from None
-        return cls(folder, config)
+        return study
+
+    @classmethod
+    def begin(cls, folder: str | Path, config: StudyConfig) -> Study:
+        """Creates the study, or opens the one that is there; several processes may begin at the same time."""
+        if not cls.exists(folder):
+            try:
+                return cls.create(folder, config)
+            except StudyError:
+                if not cls.exists(folder):
+                    raise
+        return cls.open(folder, config)
 
     @classmethod
     def open(cls, folder: str | Path, config: StudyConfig | None = None) -> Study:
@@ -95,7 +109,7 @@ class Study:
         found = configs.load(folder / "config.yaml")
         if config is None or config == found:
             return cls(folder, found)
-        differing = [path for path in configs.differences(found, config) if path not in MAY_CHANGE]
+        differing = [path for path in configs.differences(found, config) if not path.startswith(MAY_CHANGE)]
         if differing:
             raise StudyError(
                 f"The study in {folder} was started with another configuration; these fields differ: "
@@ -105,34 +119,6 @@ class Study:
         with study.editing():
             write(folder / "config.yaml", configs.dump(config))
         return study
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """Holds the directory for a run: at most one process trains. Never waits.
-
-        Raises:
-          StudyError: another process holds it; it is named.
-        """
-        lock = filelock.FileLock(self.folder / "run.lock")
-        holder = self.folder / "run.holder.json"
-        try:
-            lock.acquire(blocking=False)
-        except filelock.Timeout:
-            raise StudyError(
-                f"Another run holds {self.folder} ({_read_holder(holder)}); wait for it or stop it."
-            ) from None
-        except OSError as error:
-            raise StudyError(f"{self.folder} cannot be written: {error.strerror}.") from None
-        try:
-            write(holder, json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": _now()}))
-            with self.editing():
-                for left in (self.folder / "trials").iterdir():
-                    if is_temporary(left):
-                        left.unlink()
-            yield
-        finally:
-            holder.unlink(missing_ok=True)
-            lock.release()
 
     @contextmanager
     def editing(self) -> Iterator[None]:
@@ -196,11 +182,13 @@ class Study:
         seeds: Mapping[str, int],
         stage: str = "proposed",
         settings: Mapping[str, Any] | None = None,
+        worker: str | None = None,
     ) -> Trial:
-        """Adds a pending trial with the next number.
+        """Adds a pending trial with the next number, claimed by the worker if there is one.
 
         Raises:
           StudyError: the mixture is no point of the simplex over the study's domains.
+          FileExistsError: another host has opened this trial, and the file system does not list it yet.
         """
         problem = trials.mixture_problem(mixture, self.domain_names)
         if problem:
@@ -217,9 +205,23 @@ class Study:
                 proposal=proposal,
                 seeds=dict(seeds),
                 times={"proposed": _now()},
+                worker=worker,
+                claim=0 if worker is None else 1,
             )
-            self._save(trial)
+            self._save(trial, new=True)
         return trial
+
+    def claim(self, trial: Trial, worker: str | None) -> Trial:
+        """Gives a trial to a worker, or to a run alone (None). Whatever its holder before still reports is refused."""
+        with self.editing():
+            current = self._current(trial)
+            changed = dataclasses.replace(current, worker=worker, claim=current.claim + 1)
+            self._save(changed)
+        return changed
+
+    def holds(self, trial: Trial) -> bool:
+        """Whether nobody has claimed a trial since it was read."""
+        return trials.read(self._path(trial.trial), self.domain_names).claim == trial.claim
 
     def update(self, trial: Trial | int, **changes: Any) -> Trial:
         """Replaces fields of a trial as it is on disk now; a new stage is noted in its times."""
@@ -243,6 +245,7 @@ class Study:
         *,
         details: Mapping[str, float] | None = None,
         independent: bool = True,
+        ratings: Sequence[int] | None = None,
     ) -> Trial:
         """Records the feedback of a pending trial, once.
 
@@ -253,9 +256,11 @@ class Study:
           details: further numbers worth keeping.
           independent: whether that error is this trial's own. That of a fixed evaluation set is not: all
             trials share it, and it does not blur their comparison.
+          ratings: of people, how many gave each number of stars.
 
         Raises:
-          FeedbackError: unknown trial, told, failed or abandoned before, or a number that cannot be feedback.
+          FeedbackError: unknown trial, told, failed or abandoned before, a number that cannot be feedback, or one
+            where ratings are heard, or ratings that are none.
         """
         try:
             number = float(value)
@@ -263,6 +268,13 @@ class Study:
         except (TypeError, ValueError):
             raise FeedbackError(f"The feedback ({value!r}, {stderr!r}) must be numbers.") from None
         told = Feedback(number, error, details or {})
+        people = self.config.task.people
+        if people is not None and people.heard == "ordinal" and ratings is None:
+            raise FeedbackError(
+                f"Trials of {self.folder} are told by the ratings they got, not by a number; use: duet tell --ratings"
+            )
+        if ratings is not None:
+            trials.check_ratings(ratings, None if people is None else people.stars)
         with self.editing():
             current = self._current(trial)
             if current.feedback is not None:
@@ -277,12 +289,8 @@ class Study:
                 current,
                 status="completed",
                 stage="scored",
-                feedback={
-                    "value": told.value,
-                    "stderr": told.stderr,
-                    "independent": independent,
-                    "details": dict(told.details),
-                },
+                feedback={**dataclasses.asdict(told), "independent": independent}
+                | ({} if ratings is None else {"ratings": list(ratings)}),
                 times={**current.times, "told": _now()},
             )
             self._save(changed)
@@ -349,21 +357,24 @@ class Study:
                 )
 
     def append_metrics(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Adds lines to metrics.jsonl. Each has at least `trial` and `step`."""
-        append_lines(self.folder / "metrics.jsonl", rows)
+        """Adds lines of at least `trial` and `step`, and of the `worker` and `claim` where workers share the study.
+
+        Each worker has a file of its own: on a network's file system what two hosts append gets lost.
+        """
+        worker = rows[0].get("worker")
+        append_lines(self.folder / ("metrics.jsonl" if worker is None else f"metrics.{worker}.jsonl"), rows)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Logged steps in the order of (trial, step). Of a step logged twice the last counts."""
-        try:
-            lines = (self.folder / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
-        except FileNotFoundError:
-            return []
-        rows = {}
-        for line in lines:
-            # Lines torn by a kill are skipped: a resumed run logs their steps again.
-            with suppress(ValueError, KeyError, TypeError):
-                row = json.loads(line)
-                rows[int(row["trial"]), int(row["step"])] = row
+        """Logged steps in the order of (trial, step). Of a step logged twice the last claim, and the last, counts."""
+        rows: dict[tuple[int, int], dict[str, Any]] = {}
+        for path in sorted(self.folder.glob("metrics*.jsonl")):
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+                # Lines torn by a kill are skipped: a resumed run logs their steps again.
+                with suppress(ValueError, KeyError, TypeError):
+                    row = json.loads(line)
+                    key = int(row["trial"]), int(row["step"])
+                    if row.get("claim", 0) >= rows.get(key, row).get("claim", 0):
+                        rows[key] = row
         return [rows[key] for key in sorted(rows)]
 
     def _path(self, number: int) -> Path:
@@ -375,18 +386,14 @@ class Study:
             count = len(self.trials())
             known = "it has none yet" if count == 0 else f"its trials are 0 to {count - 1}"
             raise FeedbackError(f"There is no trial {number} in {self.folder}; {known}.")
-        return trials.read(self._path(number), self.domain_names)
+        current = trials.read(self._path(number), self.domain_names)
+        if isinstance(trial, Trial) and trial.claim != current.claim:
+            raise StudyError(f"Trial {number} of {self.folder} was taken over by {current.worker or 'another run'}.")
+        return current
 
-    def _save(self, trial: Trial) -> None:
-        write(self._path(trial.trial), json.dumps(dataclasses.asdict(trial), indent=1, ensure_ascii=False) + "\n")
-
-
-def _read_holder(path: Path) -> str:
-    try:
-        holder = json.loads(path.read_text(encoding="utf-8"))
-        return f"process {holder['pid']} on {holder['host']}, since {holder['since']}"
-    except (OSError, ValueError, KeyError, TypeError):
-        return "process unknown"
+    def _save(self, trial: Trial, new: bool = False) -> None:
+        text = json.dumps(dataclasses.asdict(trial), indent=1, ensure_ascii=False) + "\n"
+        write(self._path(trial.trial), text, new=new)
 
 
 def _now() -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from duet_jax.errors import StudyError
+from duet_jax.errors import FeedbackError, StudyError
 from duet_jax.types import Feedback
 
 Status = Literal["pending", "completed", "failed", "abandoned"]
@@ -34,6 +34,8 @@ class Trial:
       training: what was trained on and how it went; None before that.
       times: UTC, ISO 8601, of "proposed", "trained", "told", "failed" and "abandoned".
       error: why it failed or is abandoned.
+      worker: of several that share the study, the one that trains it; None: a run alone does, or somebody else.
+      claim: how often a worker has taken the trial over; what is reported under an earlier claim is refused.
     """
 
     trial: int
@@ -48,6 +50,8 @@ class Trial:
     training: Mapping[str, Any] | None = None
     times: Mapping[str, str] = field(default_factory=dict)
     error: str | None = None
+    worker: str | None = None
+    claim: int = 0
 
     @property
     def noise(self) -> float | None:
@@ -60,6 +64,22 @@ class Trial:
     def diverged(self) -> bool:
         """Whether the loss of its training is not finite."""
         return self.training is not None and not math.isfinite(self.training.get("loss", 0.0))
+
+
+def check_ratings(ratings: Sequence[int], stars: int | None) -> None:
+    """Looks at how many people gave each number of stars, up to `stars`; None: people do not rate.
+
+    Raises:
+      FeedbackError: these cannot be such counts.
+    """
+    if stars is None:
+        raise FeedbackError("People do not rate the trials of this study; leave the ratings out.")
+    whole = all(isinstance(count, int) and not isinstance(count, bool) and count >= 0 for count in ratings)
+    if len(ratings) != stars or not whole or not sum(ratings):
+        raise FeedbackError(
+            f"The ratings are {list(ratings)}; they must be {stars} whole numbers, how many gave each number of stars, "
+            f"at least one of them above 0."
+        )
 
 
 def read(path: Path, names: Sequence[str]) -> Trial:

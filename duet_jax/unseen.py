@@ -46,7 +46,7 @@ class Unseen:
         return self.examples + tuple(example for part in self.parts for example in part.texts)
 
     def build(self, engine: Engine) -> Task:
-        """The task for models of one shape, its examples encoded and its rewards rehearsed; of no "external" one.
+        """The task for models of one shape, its examples encoded and its rewards rehearsed.
 
         Raises:
           ConfigError, DataError, FeedbackError, ModelError: the first mistake found.

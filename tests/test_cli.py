@@ -67,11 +67,12 @@ def fails(capsys: pytest.CaptureFixture[str], *words: object) -> str:
 def test_run(tmp_path: Path, algorithm: list[tuple[Any, ...]]) -> None:
     path = config_file(tmp_path)
     assert cli.main(["run", str(path)]) == 0
-    assert algorithm[-1] == (configs.load(path), Path("studies/small"), False)
+    assert algorithm[-1] == (configs.load(path), Path("studies/small"), False, None, None)
     words = ["run", str(path), "budget=8", "--study", str(tmp_path / "s"), "seed=3", "--quiet", "rounds=2"]
-    assert cli.main(words) == 0
-    config, folder, quiet = algorithm[-1]
-    assert (config.budget, config.seed, config.rounds, folder, quiet) == (8, 3, 2, tmp_path / "s", True)
+    assert cli.main([*words, "--worker", "pod-1", "--profile", str(tmp_path)]) == 0
+    config, *others = algorithm[-1]
+    assert (config.budget, config.seed, config.rounds) == (8, 3, 2)
+    assert others == [tmp_path / "s", True, "pod-1", tmp_path]
 
 
 def test_mistakes_in_a_run_are_one_line(
@@ -185,6 +186,17 @@ def test_mistakes_in_telling_are_one_line(study: Study, capsys: pytest.CaptureFi
     assert "cannot fail any more" in fails(capsys, "tell", folder, 0, "--failed", "x")
     assert "standard error of the feedback is -1.0" in fails(capsys, "tell", folder, 1, 1, "--stderr", -1)
     assert "There is no study in" in fails(capsys, "tell", folder / "none", 0, 1)
+
+
+@pytest.mark.parametrize("command", ["run", "ask", "tell", "info", "report", "serve"])
+def test_a_study_in_a_bucket_is_refused(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = {"run": [config_file(tmp_path), "--study"]}.get(command, [])
+    sentence = fails(capsys, command, *words, "gs://bucket/x", *([0, 1] if command == "tell" else []))
+    assert " is gs://bucket/x; a study needs a file system with locks, so give a folder" in sentence
+    assert not (tmp_path / "gs:").exists()
 
 
 @pytest.mark.parametrize(

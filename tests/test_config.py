@@ -128,7 +128,7 @@ def test_defaults() -> None:
         ),
         (
             "data.domains.1.response=null",
-            "data.domains.1.response is null, but domains are trained on; name the column.",
+            "data.domains.1.response is null, but responses are read here; name the column.",
         ),
         ("task.batch_size=0", "task.batch_size is 0; it must be at least 1."),
         ("task={kind: sum}", "task.tasks is missing; a task of kind 'sum' needs it."),

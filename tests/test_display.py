@@ -6,6 +6,7 @@ import pytest
 
 from duet_jax import display as module
 from duet_jax.display import Display
+from duet_jax.training.reports import StepReport
 
 
 def test_long_work_says_how_far_it_is_in_a_log_too(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
@@ -23,3 +24,29 @@ def test_quiet_is_quiet(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     with Display(1, quiet=True) as display:
         display.work("examples scored", 1, 4)
     assert capsys.readouterr().out == ""
+
+
+def test_the_time_left_counts_the_steps_that_this_process_takes() -> None:
+    report = StepReport(
+        step=75,
+        steps=100,
+        loss=1.5,
+        gradient_norm=0.5,
+        learning_rate=0.01,
+        tokens=300,
+        seconds=4.0,
+        step_seconds=2.0,
+        flops=4e9,
+        devices=1,
+    )
+
+    def note(shared: bool) -> str:
+        with Display(3, quiet=True, shared=shared) as display:
+            display.stage(1, "training")
+            display.step(1, report)
+            (task,) = display._progress.tasks
+            return str(task.fields["note"])
+
+    # A training that was resumed two steps ago: 25 steps are left of this round, and 100 of the last.
+    assert note(shared=False) == "loss 1.500  150 tokens/s  0:04:10 left"
+    assert note(shared=True) == "loss 1.500  150 tokens/s"

@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+import types
+from contextlib import nullcontext
 from pathlib import Path
 
 import jax
@@ -16,9 +18,11 @@ import numpy as np
 import pytest
 
 from duet_jax import config as configs
-from duet_jax import duet, loading
+from duet_jax import duet, loading, workers
+from duet_jax.display import Display
 from duet_jax.errors import ConfigError, DataError, FeedbackError, ModelError, StudyError
 from duet_jax.study import Study
+from duet_jax.types import Feedback
 
 WALK = {"letters": 6, "length": 8, "examples": 300}
 
@@ -85,6 +89,23 @@ def test_a_study_runs_to_its_last_round(straight):
     assert result.trial is not None and result.mixture == trials[result.trial].mixture
     assert {path.name for path in (folder / "checkpoints").iterdir()} == {f"{result.trial:04d}"}
     assert len(Study.open(folder).metrics()) == 5 * 12
+
+
+def test_every_step_says_how_fast_it_was(straight):
+    folder, _ = straight
+    for trial in Study.open(folder).trials():
+        rows = [row for row in Study.open(folder).metrics() if row["trial"] == trial.trial]
+        assert sum(row["tokens"] for row in rows) == trial.training["tokens"]
+        assert sum(row["step_seconds"] for row in rows) == pytest.approx(rows[-1]["seconds"])
+        for row in rows:
+            assert row["tokens_per_second"] == pytest.approx(row["tokens"] / row["step_seconds"])
+            rate = row["flops"] / row["step_seconds"]
+            assert row["devices"] == 1 and row["mfu"] == pytest.approx(rate / row["peak_flops"])
+            # Six operations a token and parameter of a matrix, and attention: 32 x 32 four times, 32 x 48 three times.
+            assert row["flops"] > 6 * row["tokens"] * (4 * 32 * 32 + 3 * 32 * 48)
+            assert row["memory"] > 0 and row["peak"].startswith("measured on ")
+        compilations = [row["compilations"] for row in rows]
+        assert (compilations[0] > 0 or trial.trial > 0) and sum(compilations[1:]) == 0
 
 
 def test_the_best_model_is_exported_and_loads(straight):
@@ -228,6 +249,35 @@ def test_a_diverged_training_is_abandoned_and_the_study_goes_on(tmp_path):
     assert [trial.status for trial in trials] == ["abandoned"] * 3
 
 
+@pytest.mark.parametrize("close", [None, Study.fail, Study.abandon])
+def test_a_trial_that_is_closed_while_it_is_evaluated_is_left(close, tmp_path, monkeypatch, capsys):
+    study = Study.create(tmp_path / "s", settings())
+    shares, counts = {"a": 0.5, "b": 0.5, "noise": 0.0}, {"a": 48, "b": 48, "noise": 0}
+    trial = study.new_trial(mixture=shares, counts=counts, proposal=None, seeds={"feedback": 1})
+    logged = []
+
+    def train(job, study, trial, on_step):
+        return study.update(trial, stage="trained", training={"loss": 1.0, "steps": 12}), None
+
+    def task(model):
+        if close is not None:
+            close(study, 0, "no power")
+        return Feedback(0.5)
+
+    monkeypatch.setattr(duet, "train", train)
+    monkeypatch.setattr(duet, "best", lambda study, search: duet.Result(shares, 0.5, 0.1, 0))
+    job = types.SimpleNamespace(task=task, coarse=lambda feedback, seed: feedback, config=study.config, search=None)
+    tracking = types.SimpleNamespace(trial=lambda trial: nullcontext(lambda *values: logged.append(values)))
+    with Display(1) as display:
+        watch = types.SimpleNamespace(display=display, tracking=tracking, steps=lambda trial, log: None)
+        duet.advance(job, study, trial, watch)
+    closed = "round 1 was closed from outside while it was evaluated" in capsys.readouterr().out
+    assert closed == (close is not None)
+    assert study.trials()[0].status == {None: "completed", Study.fail: "failed", Study.abandon: "abandoned"}[close]
+    # After the last of the 12 steps, which a resumed run of the tracker must not hide.
+    assert logged == ([] if closed else [(13, {"feedback": 0.5, "feedback_stderr": None})])
+
+
 def test_a_broken_task_keeps_the_trained_model(tmp_path, monkeypatch):
     (tmp_path / "flaky_task.py").write_text(
         "import os\n\ndef score(model):\n    return float('nan' if os.environ.get('FLAKY') else 0.5)\n"
@@ -304,7 +354,7 @@ def test_too_long_for_the_model(tmp_path):
 
 def test_a_second_run_is_refused(tmp_path):
     Study.create(tmp_path / "s", settings())
-    with Study.open(tmp_path / "s").running(), pytest.raises(StudyError, match="nother run holds"):
+    with workers.alone(Study.open(tmp_path / "s")), pytest.raises(StudyError, match="nother run holds"):
         duet.run(settings(), tmp_path / "s", quiet=True)
 
 

@@ -19,7 +19,8 @@ from duet_jax.errors import ConfigError, StudyError
 from duet_jax.feedback import Deployed, Engine
 from duet_jax.job import MOST_TRAINERS, Job, prepare
 from duet_jax.recall import make_search
-from duet_jax.study import Study
+from duet_jax.search import Search
+from duet_jax.study import Study, Trial
 
 WALK = {"letters": 6, "length": 8, "examples": 300}
 LEVELS = (32, 96)
@@ -318,7 +319,12 @@ def test_a_run_and_an_ask_limit_repetition_alike(tmp_path: Path, monkeypatch: py
     assert job.sizes == {"a": 36, "noise": 270}
     assert job.search.constraints.maximum == (1.5 * 36 / 96, 1.0)
     searches = []
-    monkeypatch.setattr(duet, "_propose", lambda _, search, stage: searches.append(search))
+
+    def opened(study: Study, search: Search, stage: str) -> Trial:
+        searches.append(search)
+        return study.new_trial(mixture={"a": 0.5, "noise": 0.5}, counts={}, proposal=None, seeds={}, stage=stage)
+
+    monkeypatch.setattr(duet, "new_trial", opened)
     study = Study.create(tmp_path / "s", config)
     for _ in range(2):
         duet.ask(study.folder)

@@ -19,6 +19,7 @@ import pytest
 from duet_jax import config as configs
 from duet_jax import study as studies
 from duet_jax import trial as trials
+from duet_jax import workers
 from duet_jax.config import StudyConfig
 from duet_jax.errors import ConfigError, FeedbackError, StudyError
 from duet_jax.study import Study, Trial
@@ -294,7 +295,7 @@ def test_a_crash_before_the_replacement_leaves_the_old_file(study: Study) -> Non
     left = [path for path in (study.folder / "trials").iterdir() if path.suffix == ".tmp"]
     assert len(left) == 1 and json.loads(left[0].read_text())["status"] == "completed"
     assert Study.open(study.folder).trials() == [trial]
-    with Study.open(study.folder).running():
+    with workers.alone(study):
         assert not left[0].exists()
     assert study.tell(0, 2.0).feedback is not None
 
@@ -344,8 +345,9 @@ def test_concurrent_tells_lose_nothing(study: Study) -> None:
 
 HOLD = """
 import sys, time
+from duet_jax import workers
 from duet_jax.study import Study
-with Study.open(sys.argv[1]).running():
+with workers.alone(Study.open(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -356,13 +358,13 @@ def test_one_run_at_a_time_and_a_killed_one_lets_go(study: Study) -> None:
     command = [sys.executable, "-c", HOLD, str(study.folder)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None and holder.stdout.readline() == "held\n"
-        with pytest.raises(StudyError) as caught, study.running():
+        with pytest.raises(StudyError) as caught, workers.alone(study):
             pass
         assert f"Another run holds {study.folder} (process {holder.pid} on " in str(caught.value)
         # Feedback comes in while the run goes on.
         assert study.tell(0, 1.0).status == "completed"
         holder.kill()
-    with study.running(), study.editing(), study.editing():
+    with workers.alone(study), study.editing(), study.editing():
         add(study)
     assert not (study.folder / "run.holder.json").exists()
 
@@ -406,5 +408,5 @@ def test_a_directory_that_cannot_be_written_is_named(study: Study) -> None:
     with pytest.raises(StudyError, match="study cannot be written: Is a directory"):
         add(study)
     (study.folder / "run.lock").mkdir()
-    with pytest.raises(StudyError, match="study cannot be written: Is a directory"), study.running():
+    with pytest.raises(StudyError, match="run.lock cannot be written: Is a directory"), workers.alone(study):
         pass

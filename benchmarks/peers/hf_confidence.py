@@ -15,7 +15,7 @@ import torch
 import transformers
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-BATCH, ROWS = 16, 32
+BATCH = 16
 
 
 def main() -> None:
@@ -38,7 +38,7 @@ def run(tokenizer, model, rows: list[dict], request: dict) -> list[dict]:
     sample(tokenizer, model, [row["sample"] for row in rows], request)
     texts = [text for row in rows for text in row["letters"]]
     letters = read(tokenizer, model, texts, ["A", "B", "C"])
-    read(tokenizer, model, [text for row in rows for text in row["contradictions"]], ["Yes", "No"])
+    read(tokenizer, model, [text for row in rows for text in row["contradictions"]], ["A", "B"])
     likelihood(tokenizer, model, rows)
     count = len(rows[0]["letters"])
     return [{"options": letters[i * count : (i + 1) * count]} for i in range(len(rows))]
@@ -61,7 +61,7 @@ def padded(ids: list[list[int]], pad: int, left: bool) -> tuple[torch.Tensor, to
 
 def sample(tokenizer, model, texts: list[str], request: dict) -> None:
     ids = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
-    for rows in batches(ids, max(ROWS // request["samples"], 1)):
+    for rows in batches(ids, max(request["batch_size"] // request["samples"], 1)):
         tokens, mask = padded([ids[row] for row in rows], tokenizer.pad_token_id, left=True)
         model.generate(
             tokens,

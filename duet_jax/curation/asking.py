@@ -1,20 +1,23 @@
 """The pass that computes confidence: answers are sampled, compared with targets, and the model is asked about these.
 
-Each stage takes all examples, in batches of like length, and is kept in parts in a folder. Questions about an example
-that begin alike go through the network in one row (`branches`); equal pairs of answers are compared once.
+Each stage takes all examples, in batches of like length, and is kept in parts in a folder. The target's likelihood and
+all questions that are answered with a letter are one stage, so that those of an example share what they begin with
+(`branches`), and equal pairs of answers are compared once.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from duet_jax.config import ConfidenceConfig
+from duet_jax.curation import contradiction as contradictions
 from duet_jax.curation import reflection
+from duet_jax.curation.choices import LETTERS, ask
 from duet_jax.curation.confidence import (
     combine,
     final_answer,
@@ -23,7 +26,7 @@ from duet_jax.curation.confidence import (
     same_answer,
     similarity,
 )
-from duet_jax.curation.contradiction import Contradiction, Pair, build_contradiction, question
+from duet_jax.curation.contradiction import Contradiction, Pair, build_contradiction
 from duet_jax.curation.parts import Progress, in_parts
 from duet_jax.curation.respondent import CHUNK, Respondent, fits
 from duet_jax.data import Example
@@ -75,37 +78,44 @@ def confidence(
 
     Args:
       respondent: the model.
-      examples: n of them, at least one, with a response each.
+      examples: n of them, with a response each.
       config: how.
       folder: keeps what was computed, under hashes of all that it depends on.
       on_progress: is told a stage, examples done and of how many.
 
     Raises:
       ConfigError, ModelError: the function or classifier of contradictions cannot be had.
-      DataError: an example has no response, or no example fits the model's context; before anything is computed.
+      DataError: an example has no response; before anything is computed.
       FeedbackError: contradictions cannot be computed.
     """
-    contradiction = build_contradiction(config, respondent)
     empty = next((example.id for example in examples if not example.response), None)
     if empty is not None:
         raise DataError(f"example '{empty}' has no response to be confident in; leave it out, or name its column.")
     asked = askable(respondent, examples, config)
-    if not asked.any():
+    drawn = config.samples if config.beta else 0
+    more = {"similarities": [drawn], "matches": [drawn], "options": [len(config.reflection_templates), 3]}
+    numbers = [name for name in Confidence._fields if name not in ("samples", "asked")]
+    whole: dict[str, Any] = {name: np.full([len(examples), *more.get(name, [])], np.nan) for name in numbers}
+    samples: tuple[tuple[str, ...], ...] = ()
+    if asked.any():
+        contradiction = build_contradiction(config, respondent)
+        chosen = [example for example, there in zip(examples, asked, strict=True) if there]
+        found = _asked(respondent, chosen, config, contradiction, folder, on_progress)
+        for name, values in whole.items():
+            values[asked] = getattr(found, name)
+        samples = found.samples
+    own = iter(samples)
+    return Confidence(**whole, samples=tuple(next(own) if there else () for there in asked), asked=asked)
+
+
+def require_asked(examples: Sequence[Example], found: Confidence, longest: int) -> None:
+    """Raises a DataError where no question about any example fits the `longest` tokens that the model takes."""
+    if not found.asked.any():
         raise DataError(
-            f"no question about any of {len(examples)} examples, such as '{examples[0].id}', fits into the "
-            f"{respondent.longest} tokens that the model takes, with room for what it writes; shorten the templates of "
-            f"the confidence, or lower its max_new_tokens."
+            f"no question about any of {len(examples)} examples, such as '{examples[0].id}', fits into the {longest} "
+            f"tokens that the model takes, with room for what it writes; shorten the templates of the confidence, or "
+            f"lower its max_new_tokens."
         )
-    chosen = [example for example, there in zip(examples, asked, strict=True) if there]
-    found = _asked(respondent, chosen, config, contradiction, folder, on_progress)
-    whole: dict[str, Any] = {}
-    for name, values in found._asdict().items():
-        if isinstance(values, np.ndarray):
-            whole[name] = np.full((len(examples), *values.shape[1:]), np.nan)
-            whole[name][asked] = values
-    own = iter(found.samples)
-    whole |= {"samples": tuple(next(own) if there else () for there in asked), "asked": asked}
-    return Confidence(**whole)
 
 
 def askable(respondent: Respondent, examples: Sequence[Example], config: ConfidenceConfig, more: int = 0) -> np.ndarray:
@@ -125,15 +135,15 @@ def askable(respondent: Respondent, examples: Sequence[Example], config: Confide
         found = np.ones(len(examples), bool)
         if config.weights["reflection"]:
             room = config.reflection_max_new_tokens if config.reflection == "text" else 0
-            asked = [one for example in examples for one in reflection.questions(example, config)]
+            asked = [one for e in examples for own in reflection.questions(e, config) for one in own]
             found &= fits(respondent, asked, room + more).reshape(len(examples), -1).all(axis=1)
         if config.samples and config.beta:
             prompts = [dressed(example, config.sample_template) for example in examples]
             found &= fits(respondent, prompts, config.max_new_tokens + more)
             if config.contradiction == "judge" and config.alpha:
                 pairs = [Pair(example, row, example.response, "") for row, example in enumerate(examples)]
-                asked = [question(pair, config.pair_template) for pair in pairs]
-                found &= fits(respondent, asked, config.max_new_tokens + more)
+                asked = [one for pair in pairs for one in contradictions.questions(pair, config.pair_template)]
+                found &= fits(respondent, asked, config.max_new_tokens + more).reshape(len(examples), -1).all(axis=1)
         return found
 
     # In chunks, for all questions about all examples are many times their texts.
@@ -175,18 +185,16 @@ def _asked(
     def stage(name: str, identity: Any, compute: Any, texts: Any = texts) -> list[Any]:
         return in_parts(folder, name, [identity, respondent.identity, texts], sizes, compute, on_progress)
 
-    likelihoods = np.array(
-        stage("likelihood", None, lambda rows: respondent.log_probs([examples[row] for row in rows]).tolist())
-    )
+    templates = list(config.reflection_templates) if weights["reflection"] else []
+    offered = [reflection.OPTIONS, LETTERS]
     options = np.full((count, len(config.reflection_templates), 3), np.nan)
-    if weights["reflection"]:
-        written = config.reflection_max_new_tokens if config.reflection == "text" else None
-        asked = [config.reflection, list(config.reflection_templates), written]
+    if templates and config.reflection == "text":
         options[:] = stage(
             "reflection",
-            asked,
-            lambda rows: reflection.reflect(respondent, [examples[row] for row in rows], config).tolist(),
+            [templates, reflection.WRITTEN, offered, config.reflection_max_new_tokens],
+            lambda rows: reflection.written(respondent, [examples[row] for row in rows], config).tolist(),
         )
+        templates = []
     samples: list[list[str]] = [[] for _ in examples]
     if config.samples and config.beta:
         prompts = [dressed(example, config.sample_template) for example in examples]
@@ -200,14 +208,23 @@ def _asked(
         # Of the prompts alone, so that another response is compared with the same samples.
         samples = stage("samples", limits, sample, [prompt.prompt for prompt in prompts])
     similarities = np.full((count, len(samples[0])), np.nan)
-    if len(samples[0]) and config.alpha:
+    compared = contradiction if len(samples[0]) and config.alpha else None
+    if compared is not None and compared.questions is None:
         similarities[:] = stage(
-            "contradiction",
-            [contradiction.identity, samples],
-            lambda rows: _similarities(contradiction, rows, examples, samples),
+            "contradiction", [compared.identity, samples], lambda rows: _compare(compared, rows, examples, samples)
         )
+        compared = None
+    found = stage(
+        "questions",
+        [templates and [templates, reflection.READ, offered], compared and [compared.identity, samples]],
+        lambda rows: _read(respondent, rows, examples, samples, config, bool(templates), compared),
+    )
+    log_prob, tokens = np.array([own for own, _, _ in found]).T
+    if templates:
+        options[:] = [own for _, own, _ in found]
+    if compared is not None:
+        similarities[:] = [own for _, _, own in found]
     matches = np.array([_matches(*pair) for pair in zip(examples, samples, strict=True)]).reshape(similarities.shape)
-    log_prob, tokens = likelihoods.T
     parts = {
         "similarity": known_mean(similarities),
         "match": known_mean(matches),
@@ -238,29 +255,63 @@ def dressed(example: Example, template: str) -> Example:
     return dataclasses.replace(example, prompt=(*before, asked))
 
 
-def _similarities(
+def _read(
+    respondent: Respondent,
+    rows: list[int],
+    examples: Sequence[Example],
+    samples: list[list[str]],
+    config: ConfidenceConfig,
+    reflects: bool,
+    compared: Contradiction | None,
+) -> list[tuple[list[float], list[list[float]], list[float]]]:
+    """What is read of each row: how probable its response is, its options of self-reflection, and its similarities
+    with samples."""
+    pairs = [[] if compared is None else _pairs(examples[row], row, samples[row]) for row in rows]
+    asked: list[list[Example]] = []
+    groups: list[int] = []
+    for row, own in zip(rows, pairs, strict=True):
+        if reflects:
+            asked += reflection.questions(examples[row], config)
+        if compared is not None and compared.questions is not None:
+            asked += map(compared.questions, own)
+        groups += [row] * (len(asked) - len(groups))
+    told, likelihoods = ask(respondent, asked, groups, [examples[row] for row in rows], rows)
+    answers, found = iter(told), []
+    for row, own, likelihood in zip(rows, pairs, likelihoods.tolist(), strict=True):
+        options = [next(answers).tolist() for _ in config.reflection_templates] if reflects else []
+        known = {(pair.first, pair.second): float(next(answers)[0]) for pair in own}
+        found.append((likelihood, options, _similarities(examples[row], samples[row], known)))
+    return found
+
+
+def _compare(
     contradiction: Contradiction, rows: list[int], examples: Sequence[Example], samples: list[list[str]]
 ) -> list[list[float]]:
-    """Of the response of each row with each of its samples; NaN for an empty sample, and where a pair is too
-    long. Equal pairs are compared once."""
-    wanted = {
-        (row, *pair)
-        for row in rows
-        for answer in map(final_answer, samples[row])
-        if answer
-        for pair in ((examples[row].response, answer), (answer, examples[row].response))
-    }
-    ordered = sorted(wanted)
-    pairs = [Pair(examples[row], row, first, second) for row, first, second in ordered]
-    known = dict(zip(ordered, contradiction.function(pairs) if pairs else [], strict=True))
+    """Similarities of the response of each row with each of its samples, by a classifier or a function."""
+    pairs = [pair for row in rows for pair in _pairs(examples[row], row, samples[row])]
+    values = contradiction.function(pairs).tolist() if pairs else []
+    known: dict[int, dict[tuple[str, str], float]] = {row: {} for row in rows}
+    for pair, value in zip(pairs, values, strict=True):
+        known[pair.group][pair.first, pair.second] = value
+    return [_similarities(examples[row], samples[row], known[row]) for row in rows]
 
-    def one(row: int, answer: str) -> float:
-        target = examples[row].response
-        if not answer:
-            return float("nan")
-        return float(similarity(known[row, target, answer], known[row, answer, target]))
 
-    return [[one(row, final_answer(sample)) for sample in samples[row]] for row in rows]
+def _pairs(example: Example, row: int, samples: Sequence[str]) -> list[Pair]:
+    """Those of the response and an answer that is not empty, in both orders; equal ones once."""
+    target = example.response
+    answers = [one for one in map(final_answer, samples) if one]
+    wanted = {pair for one in answers for pair in ((target, one), (one, target))}
+    return [Pair(example, row, *pair) for pair in sorted(wanted)]
+
+
+def _similarities(example: Example, samples: Sequence[str], known: Mapping[tuple[str, str], float]) -> list[float]:
+    """From the probabilities of contradiction of pairs; NaN for an empty sample, and where a pair is too long."""
+    missing, target = float("nan"), example.response
+    pairs = [(target, answer) for answer in map(final_answer, samples)]
+    forward, backward = (
+        np.array([known.get(pair, missing) for pair in own]) for own in (pairs, [pair[::-1] for pair in pairs])
+    )
+    return similarity(forward, backward).tolist()
 
 
 def _matches(example: Example, samples: Sequence[str]) -> list[float]:

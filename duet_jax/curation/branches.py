@@ -1,99 +1,31 @@
 """Texts that begin alike, read in one pass: what they share goes through the network once.
 
-A row holds what the texts of a group have in common, and after it the rest of each as a branch. A branch sees the
-beginning and itself, and its positions go on where the beginning ends, so that each text is read as if it stood alone
-(the tree attention of Miao et al. 2024, SpecInfer, arXiv 2305.09781, section 4.2, with one level of branches).
+Texts come as the trunks and chunks of `trees`. A token of a chunk sees the trunk and the tokens on its own way there,
+and its position goes on from theirs, so that each text is read as if it stood alone (the tree attention of Miao et al.
+2024, SpecInfer, arXiv 2305.09781, section 4.2). All products take trunks and chunks as one row of tokens. Attention
+alone tells them apart: that of a token in a chunk is over its trunk and its chunk, whatever else is in the tree.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from duet_jax.data import plan_forward
+from duet_jax.curation.trees import plan
+from duet_jax.kernels.linear_cross_entropy import token_log_probs
 from duet_jax.models import llama
+from duet_jax.models.attention import HIDDEN, causal_attention
 from duet_jax.models.lora import Lora
 
-# Tokens of the shortest rows; longer ones are by factors of 2, between which `plan_forward` sets finer steps.
-SHORTEST = 256
-# Tokens of a row at most, where neither a text alone is longer nor more than half of it is shared: attention costs the
-# square of them. A longer beginning is followed by as many tokens as it has itself, up to this number, so that a row
-# has at most twice the tokens of its longest text, and at most this many more.
-LONGEST = 1024
-# Branches of a row: what is read off a row has a fixed size.
-MOST_BRANCHES = 16
-BEGINNING, PADDING = 0, -1
-
-
-class Row(NamedTuple):
-    """One row of a pass; T tokens, M branches.
-
-    Attributes:
-      tokens: int32 `[T]`.
-      positions: int32 `[T]`, of each token in its text.
-      branches: int32 `[T]`, `BEGINNING`, or from 1 the branch that a token belongs to.
-      ends: int32 `[M]`, places of the branches' last tokens.
-      texts: int64 `[M]`, numbers of their texts.
-    """
-
-    tokens: np.ndarray
-    positions: np.ndarray
-    branches: np.ndarray
-    ends: np.ndarray
-    texts: np.ndarray
-
-
-def rows_of(texts: Sequence[np.ndarray], groups: Sequence[int]) -> list[Row]:
-    """Lays texts out in rows, those of a group together.
-
-    Args:
-      texts: int32 `[length]` each, at least one token.
-      groups: which group each belongs to. Texts of a group share the tokens with which all of them begin, but for the
-        last of the shortest: each branch has one token at least.
-    """
-    members: dict[int, list[int]] = {}
-    for number, group in enumerate(groups):
-        members.setdefault(group, []).append(number)
-    return [row for numbers in members.values() for row in _of_group(texts, numbers)]
-
-
-def _of_group(texts: Sequence[np.ndarray], numbers: list[int]) -> Iterator[Row]:
-    shared = _shared([texts[number] for number in numbers])
-    most = max(LONGEST, shared + min(shared, LONGEST))
-    taken: list[int] = []
-    size = shared
-    for number in numbers:
-        branch = len(texts[number]) - shared
-        if taken and (size + branch > most or len(taken) == MOST_BRANCHES):
-            yield _row(texts, taken, shared)
-            taken, size = [], shared
-        taken.append(number)
-        size += branch
-    yield _row(texts, taken, shared)
-
-
-def _shared(texts: Sequence[np.ndarray]) -> int:
-    most = min(map(len, texts)) - 1
-    same = np.all([text[:most] == texts[0][:most] for text in texts], axis=0)
-    return most if same.all() else int(same.argmin())
-
-
-def _row(texts: Sequence[np.ndarray], numbers: list[int], shared: int) -> Row:
-    rests = [texts[number][shared:] for number in numbers]
-    sizes = np.array([shared, *map(len, rests)])
-    return Row(
-        tokens=np.concatenate([texts[numbers[0]][:shared], *rests]).astype(np.int32),
-        positions=np.concatenate([np.arange(shared), *(shared + np.arange(len(rest)) for rest in rests)]),
-        branches=np.repeat(np.arange(len(sizes)), sizes),
-        ends=np.cumsum(sizes)[1:] - 1,
-        texts=np.array(numbers),
-    )
+# Places that meet the vocabulary at a time: a pass has few with a label.
+CHUNK = 64
 
 
 def read_ends(
@@ -103,12 +35,14 @@ def read_ends(
     readout: Array,
     texts: Sequence[np.ndarray],
     groups: Sequence[int],
+    labels: Sequence[int],
     *,
     pad_id: int,
     batch_tokens: int,
     compute_dtype: Any,
-) -> np.ndarray:
-    """Linear functions of the hidden state at the last token of each text.
+    mesh: Mesh | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """What is read off the hidden state at the last token of each text: linear functions, and a log-probability.
 
     Args:
       config: shape of the network.
@@ -117,84 +51,122 @@ def read_ends(
       readout: float32 `[K, hidden]`, multiplied with the final-norm hidden states.
       texts: n of them, int32 `[length]` each, at least one token.
       groups: n numbers; texts of a group are best those that begin alike.
+      labels: n ids of tokens, whose log-probability after the text is wanted; -1 for none, which costs nothing.
       pad_id: fills rows.
-      batch_tokens: of a pass, about; a longer row makes a pass by itself.
+      batch_tokens: of a pass, about; a longer text makes a pass by itself.
       compute_dtype: dtype of matrix products.
+      mesh: where the parameters lie, or None for one device. A pass is not split over its devices: each of them reads
+        the whole.
 
     Returns:
-      float32 `[n, K]`.
+      float32 `[n, K]`, and float32 `[n]` in nats, 0 where there is no label.
     """
-    rows = rows_of(texts, groups)
-    read = compiled(config, compute_dtype)
-    lengths = [len(row.tokens) for row in rows]
-    buckets = [SHORTEST]
-    while buckets[-1] < max(lengths, default=0):
-        buckets.append(2 * buckets[-1])
-    pending = []
-    for length, size, numbers in plan_forward(lengths, buckets, max(batch_tokens // buckets[-1], 1)):
-        chosen = [rows[number] for number in numbers]
-        tokens, positions, branches = (
-            _padded([getattr(row, name) for row in chosen], (size, length), value)
-            for name, value in (("tokens", pad_id), ("positions", 0), ("branches", PADDING))
-        )
-        ends = _padded([row.ends for row in chosen], (size, MOST_BRANCHES), 0)
-        pending.append((chosen, read(params, lora, readout, tokens, positions, branches, ends)))
-    found = np.zeros((len(texts), len(readout)), np.float32)
-    for chosen, values in pending:
-        for row, own in zip(chosen, np.asarray(values), strict=False):
-            found[row.texts] = own[: len(row.texts)]
-    return found
-
-
-def _padded(arrays: Sequence[np.ndarray], shape: tuple[int, int], value: int) -> np.ndarray:
-    whole = np.full(shape, value, np.int32)
-    for row, array in zip(whole, arrays, strict=False):
-        row[: len(array)] = array
-    return whole
+    read = compiled(config, compute_dtype, mesh)
+    pending, ids = [], np.asarray(labels, np.int32)
+    for one in plan(texts, groups, batch_tokens, pad_id):
+        own = np.full(len(one.places), -1, np.int32)
+        own[: len(one.texts)] = ids[one.texts]
+        pending.append((one.texts, read(params, lora, readout, *one[:-1], own)))
+    found, log_probs = np.zeros((len(texts), len(readout)), np.float32), np.zeros(len(texts), np.float32)
+    for numbers, (values, of_labels) in pending:
+        found[numbers] = np.asarray(values)[: len(numbers)]
+        log_probs[numbers] = np.asarray(of_labels)[: len(numbers)]
+    return found, log_probs
 
 
 @lru_cache(maxsize=8)
-def compiled(config: llama.LlamaConfig, compute_dtype: Any) -> Callable[..., Array]:
-    """Compiled reading of rows, for all models of a shape: `[rows, MOST_BRANCHES, K]`."""
+def compiled(
+    config: llama.LlamaConfig, compute_dtype: Any, mesh: Mesh | None = None
+) -> Callable[..., tuple[Array, Array]]:
+    """Compiled reading of passes, for all models of a shape: `[E, K]` and `[E]`, whole on every device of a mesh."""
+    whole: dict[str, Any] = {} if mesh is None else {"out_shardings": NamedSharding(mesh, PartitionSpec())}
 
-    @jax.jit
+    @partial(jax.jit, **whole)
     def read(
         params: llama.Params,
         lora: Lora | None,
         readout: Array,
-        tokens: Array,
+        trunks: Array,
+        chunks: Array,
         positions: Array,
-        branches: Array,
-        ends: Array,
-    ) -> Array:
-        seen = visible(positions, branches, config.sliding_window)[:, None]
+        last: Array,
+        owners: Array,
+        shared: Array,
+        places: Array,
+        labels: Array,
+    ) -> tuple[Array, Array]:
+        rows, length = trunks.shape
+        beginning = trunks.size
+        seen = visible(positions, last, shared, length, config.sliding_window)
+
+        def attend(q: Array, k: Array, v: Array) -> Array:
+            q_trunk, k_trunk, v_trunk = (x[0, :beginning].reshape(rows, length, *x.shape[2:]) for x in (q, k, v))
+            mixed = causal_attention(q_trunk, k_trunk, v_trunk, config.sliding_window).reshape(1, -1, *q.shape[2:])
+            if not chunks.size:
+                return mixed
+            q_own, k_own, v_own = (x[0, beginning:].reshape(*chunks.shape, *x.shape[2:]) for x in (q, k, v))
+            keys = jnp.concatenate([k_trunk[owners], k_own], axis=1)
+            values = jnp.concatenate([v_trunk[owners], v_own], axis=1)
+            rest = _attention(q_own, keys, values, seen).reshape(1, -1, *q.shape[2:])
+            return jnp.concatenate([mixed, rest], axis=1)
+
+        place = jnp.broadcast_to(jnp.arange(length), trunks.shape)
         hidden = llama.hidden_states(
             config,
             params,
-            tokens,
+            jnp.concatenate([trunks.reshape(1, -1), chunks.reshape(1, -1)], axis=1),
             lora=lora,
             compute_dtype=compute_dtype,
-            positions=positions,
-            attend=lambda q, k, v: jax.nn.dot_product_attention(q, k, v, mask=seen),
+            positions=jnp.concatenate([place.reshape(1, -1), positions.reshape(1, -1)], axis=1),
+            attend=attend,
         )
-        last = jnp.take_along_axis(hidden, ends[..., None], axis=1)
-        return jnp.matmul(last, readout.T, precision=jax.lax.Precision.HIGHEST)
+        read = hidden[0, places]
+        head = llama.output_head(params)
+        log_probs = token_log_probs(read, head, labels, labels >= 0, chunk=CHUNK, compute_dtype=compute_dtype)
+        return jnp.matmul(read, readout.T, precision=jax.lax.Precision.HIGHEST), log_probs
 
     return read
 
 
-def visible(positions: Array, branches: Array, window: int | None) -> Array:
-    """Which tokens each token sees, bool `[B, T, T]`: those before it in its text, and itself.
+def visible(positions: Array, last: Array, shared: Array, length: int, window: int | None) -> Array:
+    """What tokens of chunks see, bool `[C, Q, T + Q]`: of the trunk, and of their chunk, themselves included.
 
     Args:
-      positions: int32 `[B, T]`.
-      branches: int32 `[B, T]`, see `Row`.
+      positions: int32 `[C, Q]`.
+      last: int32 `[C, Q]`, see `Pass`.
+      shared: int32 `[C]`, tokens of the trunk.
+      length: T.
       window: positions that each one sees, itself included; None for all before it.
     """
-    place = jnp.arange(positions.shape[1])
-    mine, other = branches[:, :, None], branches[:, None, :]
-    seen = (place[:, None] >= place) & ((other == BEGINNING) | (other == mine))
+    trunk, place = jnp.arange(length), jnp.arange(positions.shape[1])
+    above = jnp.broadcast_to(trunk < shared[:, None, None], (*positions.shape, length))
+    inside = (place <= place[:, None]) & (place[:, None] <= last[:, None, :])
     if window is not None:
-        seen &= positions[:, :, None] - positions[:, None, :] < window
+        above &= positions[:, :, None] - trunk < window
+        inside &= positions[:, :, None] - positions[:, None, :] < window
     # Padding sees itself at least, so that no softmax is empty.
-    return seen | (place[:, None] == place)
+    return jnp.concatenate([above, inside], axis=2)
+
+
+def _attention(q: Array, k: Array, v: Array, seen: Array) -> Array:
+    """Softmax attention, `[C, Q, N, H]` in the dtype of q; scores and softmax are float32.
+
+    Args:
+      q: `[C, Q, N, H]`; query head n reads key head `n // (N // K)`.
+      k, v: `[C, S, K, H]`.
+      seen: bool `[C, Q, S]`.
+    """
+    count, length, _, size = q.shape
+    heads = k.shape[2]
+
+    def dot(x: Array, y: Array, axis: int) -> Array:
+        return jax.lax.dot_general(x, y, (((3,), (axis,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32)
+
+    # The queries of a key head as one matrix.
+    queries = q.reshape(count, length, heads, -1, size).transpose(0, 2, 3, 1, 4).reshape(count, heads, -1, size)
+    keys, values = (x.transpose(0, 2, 1, 3) for x in (k, v))
+    scores = dot(queries, keys, 3).reshape(count, heads, -1, *seen.shape[1:]) * size**-0.5
+    weights = jax.nn.softmax(jnp.where(seen[:, None, None], scores, HIDDEN), axis=-1)
+    mixed = dot(weights.astype(v.dtype).reshape(*queries.shape[:3], -1), values, 2)
+    mixed = mixed.reshape(count, heads, -1, length, size).transpose(0, 3, 1, 2, 4)
+    return mixed.reshape(q.shape).astype(q.dtype)

@@ -23,7 +23,7 @@ import numpy as np
 
 from duet_jax.config import ClearConfig
 from duet_jax.curation import audit
-from duet_jax.curation.asking import Confidence, confidence, first_of, summary
+from duet_jax.curation.asking import Confidence, confidence, first_of, require_asked, summary
 from duet_jax.curation.bench import Bench, Curated, lines
 from duet_jax.curation.correction import Verdicts, correctable, decide, judge
 from duet_jax.curation.decisions import Action, Decision, auto_filter
@@ -82,10 +82,14 @@ def settle(
       on_progress: is told a stage, examples done and of how many.
 
     Raises:
-      DataError: nothing is kept that a model could be trained on.
+      DataError: no question about any example fits the model's context, before anything is computed; or nothing is
+        kept that a model could be trained on.
       DuetError: as `asking.confidence`.
     """
-    sure = confidence(ask(), examples, config.confidence, folder, on_progress)
+    base = ask()
+    sure = confidence(base, examples, config.confidence, folder, on_progress)
+    require_asked(examples, sure, base.longest)
+    del base
     filtered = auto_filter(
         sure.value,
         [(repr(example.prompt), example.response) for example in examples],

@@ -1,7 +1,7 @@
 """How probable it is that two answers to a prompt contradict each other, by a classifier, a function or the model.
 
 BSDetector (arXiv 2308.16175), section 3.1, uses a classifier of natural language inference. Where there is none, the
-model itself is asked, and the probability is that of "Yes" against "No".
+model itself is asked, and the probability is that of "Yes" against "No", each at both letters (`choices`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import numpy as np
 
 from duet_jax import models
 from duet_jax.config import ConfidenceConfig
-from duet_jax.curation.respondent import Respondent, fits
+from duet_jax.curation.choices import LETTERS, ask, lines, orders
+from duet_jax.curation.respondent import Respondent
 from duet_jax.curation.sentences import sentences
 from duet_jax.data import Encoded, Example
 from duet_jax.data.example import plain_text
@@ -25,6 +26,7 @@ from duet_jax.feedback.outside import load_function, source_of
 from duet_jax.feedback.rewards.readout import Readout, resident_dtype
 from duet_jax.models.classifier import read_classifier
 
+OPTIONS = ("Yes", "No")
 # Words from which a text is long: its sentences are compared one at a time, and the greatest contradiction counts.
 LONG = 64
 
@@ -50,10 +52,12 @@ class Contradiction(NamedTuple):
     Attributes:
       identity: all that decides it, as values of JSON.
       function: probabilities float64 `[n]` in [0, 1] of n pairs; NaN of a pair that is longer than a model takes.
+      questions: where the model itself says it, what it is asked about a pair, in all orders of `OPTIONS`.
     """
 
     identity: Any
     function: Callable[[Sequence[Pair]], np.ndarray]
+    questions: Callable[[Pair], list[Example]] | None = None
 
 
 def build_contradiction(config: ConfidenceConfig, respondent: Respondent) -> Contradiction:
@@ -75,20 +79,20 @@ def build_contradiction(config: ConfidenceConfig, respondent: Respondent) -> Con
 def judged(respondent: Respondent, template: str) -> Contradiction:
     """The model itself is asked, and answers Yes or No."""
 
+    def asked(pair: Pair) -> list[Example]:
+        return questions(pair, template)
+
     def function(pairs: Sequence[Pair]) -> np.ndarray:
-        asked = [question(pair, template) for pair in pairs]
-        rows = np.flatnonzero(fits(respondent, asked)).tolist()
-        found = np.full(len(pairs), np.nan)
-        groups = [pairs[row].group for row in rows]
-        found[rows] = respondent.options([asked[row] for row in rows], groups, ("Yes", "No"))[:, 0]
-        return found
+        found, _ = ask(respondent, [asked(pair) for pair in pairs], [pair.group for pair in pairs])
+        return np.array([float(options[0]) for options in found])
 
-    return Contradiction(["judge", template, respondent.identity], function)
+    return Contradiction(["judge", template, OPTIONS, LETTERS, respondent.identity], function, asked)
 
 
-def question(pair: Pair, template: str) -> Example:
-    """What the model itself is asked about a pair."""
-    return Example(pair.example.id, _text(pair, template), "")
+def questions(pair: Pair, template: str) -> list[Example]:
+    """What the model itself is asked about a pair, in all orders of the options."""
+    offered = [lines(OPTIONS, order) for order in orders(len(OPTIONS))]
+    return [Example(pair.example.id, _text(pair, template, options=options), "") for options in offered]
 
 
 def python(name: str) -> Contradiction:
@@ -184,5 +188,5 @@ def parts_of(text: str) -> list[str]:
     return sentences(text) if len(text.split()) >= LONG else [text]
 
 
-def _text(pair: Pair, template: str) -> str:
-    return template.format(prompt=plain_text(pair.example.prompt), first=pair.first, second=pair.second)
+def _text(pair: Pair, template: str, **more: str) -> str:
+    return template.format(prompt=plain_text(pair.example.prompt), first=pair.first, second=pair.second, **more)

@@ -1,9 +1,9 @@
 """Whether targets that a fine-tuned model proposes are better than those in the data, as the base model judges (CLEAR).
 
 Chen and Mueller 2024 (arXiv 2403.12776), section 3.2. Ours is that a proposal must win in both positions, since judges
-prefer a position whatever stands there, and that the verdict is read from the probabilities of the letters. How sure
-the verdict is comes from the confidence of the answer that it is ("confidence", the paper's) or, in one pass without
-samples, from these probabilities ("probability").
+prefer a position whatever stands there, and that the verdict is read from the probabilities of the letters, in every
+order of the options (`choices`). How sure the verdict is comes from the confidence of the answer that it is
+("confidence", the paper's) or, in one pass without samples, from these probabilities ("probability").
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ import numpy as np
 
 from duet_jax.config import PREFERENCE, ClearConfig, ConfidenceConfig
 from duet_jax.curation.asking import askable, confidence
+from duet_jax.curation.choices import LETTERS, ask, lines, orders
 from duet_jax.curation.confidence import same_answer
 from duet_jax.curation.decisions import Decision, Filter, actions, auto_correct
 from duet_jax.curation.parts import Progress, in_parts
-from duet_jax.curation.respondent import Respondent, fits
+from duet_jax.curation.respondent import CHUNK, Respondent, fits
 from duet_jax.data import Example
 from duet_jax.data.example import plain_text
 
-LETTERS = ("A", "B", "C")
+OPTIONS = ("The first answer is better", "The second answer is better", "They are equally good")
 
 
 class Verdicts(NamedTuple):
@@ -33,7 +34,8 @@ class Verdicts(NamedTuple):
     NaN where there is nothing to judge: a proposal is empty or the target itself, or too long for the judge to read.
 
     Attributes:
-      first, second: float64 `[n, 3]`, probabilities of proposal, target and tie, with the proposal as answer A and B.
+      first, second: float64 `[n, 3]`, probabilities of proposal, target and tie, with the proposal as the first
+        answer and as the second.
       better: bool `[n]`, whether the proposal is the most probable in both positions.
       acceptance: float64 `[n]`, confidence in the verdict, the mean of both positions; NaN also where the questions
         about it are too long.
@@ -65,48 +67,55 @@ def judge(
       config: of the confidence in verdicts.
       folder: keeps what was computed.
       acceptance: how sure a verdict is, see above.
-      template: of the question, with {prompt}, {first} and {second}, that the letters A, B and C (a tie) answer.
+      template: of the question, with {prompt}, {first}, {second} and {options}, of which the last is a tie.
       on_progress: is told a stage, examples done and of how many.
 
     Raises:
       DuetError: as `asking.confidence`.
     """
 
-    def both(row: int) -> list[Example]:
-        return [question(examples[row], proposals[row], template, place) for place in (0, 1)]
+    def both(row: int) -> list[list[Example]]:
+        return [questions(examples[row], proposals[row], template, place) for place in (0, 1)]
 
     differ = [row for row, (e, y) in enumerate(zip(examples, proposals, strict=True)) if _differs(e.response, y)]
-    short = fits(respondent, [one for row in differ for one in both(row)]).reshape(-1, 2)
-    judged = [row for row, there in zip(differ, short, strict=True) if there.all()]
-    questions = [one for row in judged for one in both(row)]
+    sizes: dict[int, int] = {}
+    # In chunks, for the questions about a pair are many times its texts.
+    for at in range(0, len(differ), CHUNK):
+        rows = differ[at : at + CHUNK]
+        lengths = respondent.sizes([one for row in rows for place in both(row) for one in place])
+        sizes |= zip(rows, np.reshape(lengths, (len(rows), -1)).max(axis=1).tolist(), strict=True)
+    judged = [row for row in differ if sizes[row] <= respondent.longest]
 
     def compute(rows: list[int]) -> list[list[list[float]]]:
-        asked = [questions[2 * row + place] for row in rows for place in (0, 1)]
-        found = respondent.options(asked, [row for row in rows for _ in (0, 1)], LETTERS)
-        return found.reshape(-1, 2, len(LETTERS)).tolist()
+        every = [place for row in rows for place in both(judged[row])]
+        found, _ = ask(respondent, every, [row for row in rows for _ in (0, 1)])
+        return np.reshape(found, (len(rows), 2, len(OPTIONS))).tolist()
 
-    identity = [respondent.identity, [question.prompt for question in questions]]
-    letters = np.full((len(examples), 2, len(LETTERS)), np.nan)
+    pairs = [[examples[row].prompt, examples[row].response, proposals[row]] for row in judged]
+    identity = [respondent.identity, template, OPTIONS, LETTERS, pairs]
+    options = np.full((len(examples), 2, len(OPTIONS)), np.nan)
     if judged:
-        letters[judged] = in_parts(folder, "judge", identity, respondent.sizes(questions[::2]), compute, on_progress)
-    # With the proposal as answer B, the letters stand for target, proposal, tie.
-    first, second = letters[:, 0], letters[:, 1][:, [1, 0, 2]]
+        longest = [sizes[row] for row in judged]
+        options[judged] = in_parts(folder, "judge", identity, longest, compute, on_progress)
+    # With the proposal as the second answer, the options stand for target, proposal, tie.
+    first, second = options[:, 0], options[:, 1][:, [1, 0, 2]]
     sure = (first[:, 0] + second[:, 0]) / 2
     better = prefers(first) & prefers(second)
     if acceptance == "confidence":
         sure = np.full(len(examples), np.nan)
         # The confidence in a verdict that is no reason to correct is not needed.
         winners = [row for row in judged if better[row]]
-        verdicts = [dataclasses.replace(one, response=LETTERS[i]) for row in winners for i, one in enumerate(both(row))]
-        if askable(respondent, verdicts, config).any():
-            found = confidence(respondent, verdicts, config, folder, _named("judge", on_progress)).value
-            sure[winners] = found.reshape(-1, 2).mean(axis=1)
+        verdicts = [
+            dataclasses.replace(own[0], response=LETTERS[i]) for row in winners for i, own in enumerate(both(row))
+        ]
+        found = confidence(respondent, verdicts, config, folder, _named("judge", on_progress)).value
+        sure[winners] = found.reshape(-1, 2).mean(axis=1)
     return Verdicts(first, second, better, sure)
 
 
 def correctable(respondent: Respondent, examples: Sequence[Example], config: ClearConfig) -> np.ndarray:
     """Whether a proposal for each example, of as many tokens as it may have, can be written and judged, bool `[n]`."""
-    asked = [question(example, "", config.preference_template, 0) for example in examples]
+    asked = [questions(example, "", config.preference_template, 0)[0] for example in examples]
     found = fits(respondent, examples, config.max_new_tokens) & fits(respondent, asked, config.max_new_tokens)
     if config.acceptance == "confidence":
         verdicts = [dataclasses.replace(one, response=LETTERS[0]) for one in asked]
@@ -161,11 +170,14 @@ def _differs(target: str, proposal: str) -> bool:
     return bool(proposal.strip()) and not same_answer(target, proposal)
 
 
-def question(example: Example, proposal: str, template: str, place: int) -> Example:
-    """What the judge is asked: the proposal is answer A at place 0, and B at 1."""
+def questions(example: Example, proposal: str, template: str, place: int) -> list[Example]:
+    """What the judge is asked, in all orders of the options: the proposal is the first answer at place 0, else the
+    second."""
     first, second = (proposal, example.response) if place == 0 else (example.response, proposal)
-    text = template.format(prompt=plain_text(example.prompt), first=first, second=second)
-    return Example(example.id, text, "")
+    offered = [lines(OPTIONS, order) for order in orders(len(OPTIONS))]
+    prompt = plain_text(example.prompt)
+    texts = [template.format(prompt=prompt, first=first, second=second, options=options) for options in offered]
+    return [Example(example.id, text, "") for text in texts]
 
 
 def _named(prefix: str, on_progress: Progress) -> Callable[[str, int, int], None]:

@@ -65,12 +65,27 @@ class Respondent(Protocol):
         """So many sampled answers to each prompt, or with 0 the greedy one; a text of `stop` ends them too."""
         ...
 
-    def options(self, questions: Sequence[Example], groups: Sequence[int], words: Sequence[str]) -> np.ndarray:
-        """Probabilities float64 `[questions, words]`, among the words, that the answer begins with each."""
-        ...
+    def read(
+        self,
+        questions: Sequence[Example],
+        groups: Sequence[int],
+        words: Sequence[str],
+        scored: Sequence[Example] = (),
+        owners: Sequence[int] = (),
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """What it says without writing.
 
-    def log_probs(self, examples: Sequence[Example]) -> np.ndarray:
-        """Log-probability of each response and its scored tokens, float64 `[n, 2]`, NaN where it cannot be had."""
+        Args:
+          questions: n of them.
+          groups: n numbers; questions with the same one begin alike, as do scored examples with the same number.
+          words: that the answers begin with.
+          scored: m examples with a response.
+          owners: m numbers of groups.
+
+        Returns:
+          Probabilities float64 `[n, words]`, among the words, that the answer begins with each; and float64 `[m, 2]`,
+          the log-probability of each response and its scored tokens, NaN where it cannot be had.
+        """
         ...
 
 
@@ -146,10 +161,18 @@ class ModelRespondent:
         }
         return [replies[first[tokens.tobytes()]] for tokens in encoded.tokens]
 
-    def options(self, questions: Sequence[Example], groups: Sequence[int], words: Sequence[str]) -> np.ndarray:
-        """Probabilities float64 `[questions, words]`, among the words, that the answer begins with each.
+    def read(
+        self,
+        questions: Sequence[Example],
+        groups: Sequence[int],
+        words: Sequence[str],
+        scored: Sequence[Example] = (),
+        owners: Sequence[int] = (),
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """What it says without writing; see `Respondent`.
 
-        Only the first token of a word is looked at.
+        Only the first token of a word is looked at. A log-probability is that of the response with its end of text, in
+        nats; it is NaN where prompt and response are longer than the model takes.
 
         Raises:
           DataError: a question is longer than the model takes.
@@ -164,35 +187,36 @@ class ModelRespondent:
                 f"{base.source} cannot choose between {', '.join(words)}: its tokenizer begins them with the ids "
                 f"{first}, which must all differ."
             )
-        logits = read_ends(
+        numbered = [dataclasses.replace(example, id=str(row)) for row, example in enumerate(scored)]
+        whole = encode(numbered, base.tokenizer, chat=engine.chat, max_length=sys.maxsize)
+        targets = whole.take(np.flatnonzero(whole.lengths <= self.longest))
+        rows = np.array([int(identifier) for identifier in targets.ids], np.int64)
+        tokens = response_tokens(targets)
+        # A token of a response is read off the text before it, and these texts are one branch.
+        before = [
+            (ids[:place], owners[row], int(ids[place]))
+            for ids, row, count in zip(targets.tokens, rows, tokens, strict=True)
+            for place in range(len(ids) - count, len(ids))
+        ]
+        logits, log_probs = read_ends(
             base.config,
             self.model.params,
             self.model.lora,
             llama.output_head(self.model.params)[np.array(first)].astype(jnp.float32),
-            encoded.tokens,
-            groups,
+            [*encoded.tokens, *(text for text, _, _ in before)],
+            [*groups, *(owner for _, owner, _ in before)],
+            [*[-1] * len(encoded), *(label for _, _, label in before)],
             pad_id=base.tokenizer.pad_id,
             batch_tokens=self.config.batch_tokens,
             compute_dtype=engine.compute_dtype,
-        ).astype(float)
+            mesh=engine.mesh,
+        )
+        logits = logits[: len(encoded)].astype(float)
         odds = np.exp(logits - logits.max(axis=1, keepdims=True, initial=-np.inf))
-        return odds / odds.sum(axis=1, keepdims=True)
-
-    def log_probs(self, examples: Sequence[Example]) -> np.ndarray:
-        """Log-probability of each response with its end of text in nats, and its scored tokens, float64 `[n, 2]`.
-
-        NaN where prompt and response are longer than the model takes.
-        """
-        engine = self.model.engine
-        numbered = [dataclasses.replace(example, id=str(row)) for row, example in enumerate(examples)]
-        whole = encode(numbered, engine.model.tokenizer, chat=engine.chat, max_length=sys.maxsize)
-        encoded = whole.take(np.flatnonzero(whole.lengths <= self.longest))
-        model = self._wide(encoded)
-        batch_size = max(self.config.batch_tokens // model.engine.buckets[-1], 1)
-        found = np.full((len(examples), 2), np.nan)
-        rows = [int(identifier) for identifier in encoded.ids]
-        found[rows] = np.stack([model.log_probs(encoded, batch_size), response_tokens(encoded)], axis=1)
-        return found
+        found = np.full((len(scored), 2), np.nan)
+        sums = np.bincount(np.repeat(rows, tokens), log_probs[len(encoded) :], minlength=len(scored))
+        found[rows] = np.stack([sums[rows], tokens], axis=1)
+        return odds / odds.sum(axis=1, keepdims=True), found
 
     def _encode(self, examples: Sequence[Example]) -> Encoded:
         engine = self.model.engine
@@ -207,12 +231,12 @@ class ModelRespondent:
                 f"{self.longest} that the model takes; leave it out, or shorten the templates."
             )
 
-    def _wide(self, encoded: Encoded) -> Deployed:
-        """The model with buckets for these texts: their templates make them longer than what it is trained on."""
+    def _wide(self, prompts: Encoded) -> Deployed:
+        """The model with buckets for these prompts: templates make them longer than what it is trained on."""
         engine = self.model.engine
         buckets = [64]
-        while buckets[-1] < max(encoded.lengths, default=0):
-            buckets.append(2 * buckets[-1])
+        while buckets[-1] < max(prompts.lengths, default=0):
+            buckets += [buckets[-1] * 3 // 2, buckets[-1] * 2]
         most = engine.model.config.max_length
         wide = dataclasses.replace(engine, buckets=tuple(min(size, most) for size in buckets))
         return dataclasses.replace(self.model, engine=wide)

@@ -70,7 +70,7 @@ def plan_batches(
 
 
 def plan_forward(
-    lengths: np.ndarray | Sequence[int], buckets: Sequence[int], batch_size: int
+    lengths: np.ndarray | Sequence[int], buckets: Sequence[int], batch_size: int, multiple: int = 1
 ) -> list[tuple[int, int, np.ndarray]]:
     """Groups examples into batches of about as many tokens each, for passes that are not differentiated.
 
@@ -83,6 +83,7 @@ def plan_forward(
       lengths: tokens of each example, [n].
       buckets: lengths of batches in training, in any order.
       batch_size: examples of the largest bucket that a batch holds.
+      multiple: batches have a multiple of so many rows, one or more for each device: rounded down, or so many at least.
 
     Returns:
       A batch length, the rows that the batch has with those of padding, and the examples' indices, int32 [at most so
@@ -99,11 +100,13 @@ def plan_forward(
     first = 0
     while first < len(order):
         length = int(finer[np.searchsorted(finer, lengths[order[first]])])
-        size = batch_size * int(sizes[-1]) // length
+        size = max(batch_size * int(sizes[-1]) // length // multiple, 1) * multiple
         plan.append((length, size, order[first : first + size]))
         first += size
     if len(plan) == 1:
-        plan = [(length, min(size, 1 << (len(rows) - 1).bit_length()), rows) for length, size, rows in plan]
+        length, size, rows = plan[0]
+        enough = -(-(1 << (len(rows) - 1).bit_length()) // multiple) * multiple
+        plan = [(length, min(size, enough), rows)]
     return plan
 
 

@@ -10,9 +10,11 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from duet_jax import models
 from duet_jax.data import Encoded, Example, encode, encode_prompts, plan_forward
+from duet_jax.distributed.place import row_parts
 from duet_jax.errors import DataError
 from duet_jax.feedback.likelihood import Score, response_log_probs, scorer
 from duet_jax.models import llama
@@ -30,12 +32,14 @@ class Engine:
       chat: whether prompts go through the chat template.
       buckets: lengths that batches are padded to, ascending; the last is the longest sequence.
       compute_dtype: dtype of matrix products.
+      mesh: rows are spread over its devices, where models' parameters lie; None for one device.
     """
 
     model: models.Model
     chat: bool
     buckets: tuple[int, ...]
     compute_dtype: Any = jnp.float32
+    mesh: Mesh | None = None
 
     def encode(self, examples: Sequence[Example], name: str) -> Encoded:
         """Prompts and responses as token ids, cut to the longest bucket."""
@@ -57,7 +61,7 @@ class Engine:
     @cached_property
     def score(self) -> Score:
         """Compiled summed log-probabilities of responses."""
-        return scorer(self.model.config, self.compute_dtype)
+        return scorer(self.model.config, self.compute_dtype, self.mesh)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -77,7 +81,7 @@ class Deployed:
     def log_probs(self, encoded: Encoded, batch_size: int) -> np.ndarray:
         """Summed log-probability of each response with its end of text, float64 `[n]`, nats."""
         engine = self.engine
-        plan = plan_forward(encoded.lengths, engine.buckets, batch_size)
+        plan = plan_forward(encoded.lengths, engine.buckets, batch_size, row_parts(engine.mesh))
         sums, pad_id = np.zeros(len(encoded)), engine.model.tokenizer.pad_id
         rows = np.concatenate([np.zeros(0, np.int32), *(rows for _, _, rows in plan)])
         sums[rows] = response_log_probs(engine.score, self.params, self.lora, encoded, plan, pad_id)
@@ -110,6 +114,7 @@ class Deployed:
             stop_strings=stop_strings,
             seed=seed,
             compute_dtype=self.engine.compute_dtype,
+            mesh=self.engine.mesh,
             on_progress=on_progress,
         )
 

@@ -15,8 +15,10 @@ from typing import Any
 import jax
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh
 
 from duet_jax.data import Encoded, gather_batch
+from duet_jax.distributed.place import map_rows
 from duet_jax.kernels import linear_cross_entropy
 from duet_jax.models import llama
 from duet_jax.models import lora as adapters
@@ -26,13 +28,17 @@ Score = Callable[[llama.Params, adapters.Lora | None, Any, Any], Array]
 
 
 @lru_cache(maxsize=16)
-def scorer(config: llama.LlamaConfig, compute_dtype: Any) -> Score:
-    """A compiled `Score` of a shape of network, one for all who ask for it."""
+def scorer(config: llama.LlamaConfig, compute_dtype: Any, mesh: Mesh | None = None) -> Score:
+    """A compiled `Score` of a shape of network, one for all who ask for it; rows are spread over a mesh."""
 
     @jax.jit
     def score(params: llama.Params, lora: adapters.Lora | None, tokens: Array, mask: Array) -> Array:
-        hidden = llama.hidden_states(config, params, tokens, lora=lora, compute_dtype=compute_dtype)
-        return linear_cross_entropy.response_log_probs(hidden, llama.output_head(params), tokens, mask, compute_dtype)
+        hidden = llama.hidden_states(config, params, tokens, lora=lora, compute_dtype=compute_dtype, mesh=mesh)
+
+        def of_rows(hidden: Array, tokens: Array, mask: Array, head: Array) -> Array:
+            return linear_cross_entropy.response_log_probs(hidden, head, tokens, mask, compute_dtype)
+
+        return map_rows(mesh, of_rows, (hidden, tokens, mask), (llama.output_head(params),))
 
     return score
 

@@ -13,11 +13,14 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
+from duet_jax.distributed import rules
+from duet_jax.distributed.place import map_rows, place, place_copied, place_rows, spread
 from duet_jax.influence.features import Feature, Gradient, Moments, State
 from duet_jax.influence.head import sequence_losses
 from duet_jax.influence.projections import Projection
+from duet_jax.influence.spread import Spread
 from duet_jax.influence.tap import Context, InnerProducts, Rule, SecondMoments, Sketch, SquaredNorm, tap
 from duet_jax.models import llama
 from duet_jax.models.linear import Taps
@@ -66,9 +69,10 @@ class ExampleGradients:
       reduction: of an example's token losses.
       compute_dtype: dtype of the factors of all products, which accumulate in float32.
       remat: what the backward pass computes again, see `llama.hidden_states`.
-      micro_batch: examples that are computed at a time; None for all.
-      mesh: examples are spread over its axis `data`, parameters are copied to every device (in every call, unless
-        they are there already); None for one device.
+      micro_batch: examples that are computed at a time, on each device that has its own; None for all.
+      mesh: of `distributed.mesh`; parameters, moments and examples are put on it by `distributed.rules` (in every
+        call, unless they are there already), targets are copied to every device. Gradients of examples are never
+        moved: values of examples come out on the devices that computed them. None for one device.
     """
 
     config: llama.LlamaConfig
@@ -138,6 +142,7 @@ class ExampleGradients:
     ) -> Examples:
         """One backward pass over examples that fit into memory."""
         tokens, labels, weights = rows
+        tapped = rule if self.mesh is None else Spread(rule, self.mesh)
         if self.reduction == "mean":
             weights = weights / jnp.maximum(jnp.sum(weights, axis=1, keepdims=True), jnp.finfo(jnp.float32).tiny)
         parameters = self._parameters(params, lora)
@@ -152,7 +157,7 @@ class ExampleGradients:
         def losses(apart: dict[str, Any], total: Any) -> tuple[Array, Array]:
             def observe(name: str, layer: tuple[dict, dict], x: Array, y: Array) -> Array:
                 here, own = layer
-                return tap(rule, name, own.get(name, total), here[name], x, y) if name in here else y
+                return tap(tapped, name, own.get(name, total), here[name], x, y) if name in here else y
 
             hidden = llama.hidden_states(
                 self.config,
@@ -162,17 +167,21 @@ class ExampleGradients:
                 compute_dtype=self.compute_dtype,
                 remat=self.remat,
                 taps=Taps(observe, (layers, {name: zero for name, zero in apart.items() if name != HEAD})),
+                mesh=self.mesh,
             )
-            values = sequence_losses(
-                rule if self.head else None,
-                CHUNK,
-                self.compute_dtype,
-                apart.get(HEAD, total) if self.head else None,
-                of_head,
-                hidden[:, :-1],
-                llama.output_head(params),
-                labels[:, 1:],
-                weights[:, 1:],
+            watched = rule if self.head else None
+            accumulator = apart.get(HEAD, total) if self.head else None
+
+            def of_rows(accumulator: Any, hidden: Array, labels: Array, weights: Array, head: Array, of: Any) -> Array:
+                return sequence_losses(
+                    watched, CHUNK, self.compute_dtype, accumulator, of, hidden, head, labels, weights
+                )
+
+            values = map_rows(
+                self.mesh,
+                of_rows,
+                (accumulator, hidden[:, :-1], labels[:, 1:], weights[:, 1:]),
+                (llama.output_head(params), of_head),
             )
             return jnp.sum(values), values
 
@@ -189,36 +198,6 @@ class ExampleGradients:
         return Examples(_side_by_side(found) if rule.per_example else found, values)
 
     def _compile(self, rule: Rule) -> Callable[..., Examples]:
-        def run(
-            params: llama.Params,
-            lora: Lora | None,
-            tokens: Array,
-            weights: Array,
-            labels: Array,
-            moments: Moments | None,
-            targets: Mapping[str, Array] | None,
-        ) -> Examples:
-            params = llama.frozen(params, self.compute_dtype)
-
-            def part(rows: tuple[Array, Array, Array]) -> Examples:
-                return self._backward(rule, params, lora, rows, moments, targets)
-
-            found = _in_parts(part, (tokens, labels, weights), self.micro_batch, rule.per_example)
-            if self.mesh is not None and not rule.per_example:
-                found = found._replace(values=jax.lax.psum(found.values, "data"))
-            return found
-
-        data, whole = PartitionSpec("data"), PartitionSpec()
-        if self.mesh is not None:
-            run = jax.shard_map(
-                run,
-                mesh=self.mesh,
-                in_specs=(whole, whole, data, data, data, whole, whole),
-                out_specs=Examples(data if rule.per_example else whole, data),  # type: ignore[arg-type]
-                # An accumulator starts as the same zeros everywhere, and its derivative differs: not an error here.
-                check_vma=False,
-            )
-
         @jax.jit
         def compiled(
             params: llama.Params,
@@ -230,17 +209,35 @@ class ExampleGradients:
             moments: Moments | None = None,
             targets: Mapping[str, Array] | None = None,
         ) -> Examples:
-            weights = jnp.asarray(weights, jnp.float32)
-            return run(params, lora, tokens, weights, tokens if labels is None else labels, moments, targets)
+            params = llama.frozen(params, self.compute_dtype)
+
+            def part(rows: tuple[Array, Array, Array]) -> Examples:
+                return self._backward(rule, params, lora, rows, moments, targets)
+
+            rows = tokens, tokens if labels is None else labels, jnp.asarray(weights, jnp.float32)
+            found = _in_parts(part, rows, self.micro_batch, rule.per_example, self.mesh)
+            losses = spread(self.mesh, found.losses, axes=rules.ALL_ROWS)
+            if rule.per_example:
+                return Examples(spread(self.mesh, found.values, axes=rules.ALL_ROWS), losses)
+            return found._replace(losses=losses)
 
         if self.mesh is None:
             return compiled
-        rows, copied = NamedSharding(self.mesh, data), NamedSharding(self.mesh, whole)
 
-        def placed(params: Any, lora: Any, tokens: Any, weights: Any, *, labels: Any = None, **extra: Any) -> Examples:
-            params, lora, extra = jax.device_put((params, lora, extra), copied)
-            tokens, weights, labels = jax.device_put((tokens, weights, labels), rows)
-            return compiled(params, lora, tokens, weights, labels=labels, **extra)
+        def placed(
+            params: Any,
+            lora: Any,
+            tokens: Any,
+            weights: Any,
+            *,
+            labels: Any = None,
+            moments: Any = None,
+            targets: Any = None,
+        ) -> Examples:
+            params, lora, moments = place(self.mesh, (params, lora, moments))
+            tokens, weights, labels = place_rows(self.mesh, (tokens, weights, labels))
+            targets = place_copied(self.mesh, targets)
+            return compiled(params, lora, tokens, weights, labels=labels, moments=moments, targets=targets)
 
         return placed
 
@@ -285,18 +282,32 @@ def _side_by_side(found: dict[str, Array]) -> Array:
 
 
 def _in_parts(
-    part: Callable[[tuple], Examples], rows: tuple[Array, Array, Array], size: int | None, per_example: bool
+    part: Callable[[tuple], Examples],
+    rows: tuple[Array, Array, Array],
+    size: int | None,
+    per_example: bool,
+    mesh: Mesh | None,
 ) -> Examples:
-    """Runs `part` on `size` rows at a time; values of examples are put together again, sums are added."""
+    """Runs `part` on `size` rows of each device at a time; values of examples are put together again, sums added."""
     count = rows[0].shape[0]
-    if size is None or size >= count:
+    shards = 1 if mesh is None else rules.row_count(mesh, count)
+    if size is None or size * shards >= count:
         return part(rows)
-    if count % size:
-        raise ValueError(f"A batch of {count} examples does not split into micro-batches of {size}.")
-    parts = jax.tree.map(lambda x: x.reshape(count // size, size, *x.shape[1:]), rows)
+    if count % (size * shards):
+        where = "" if shards == 1 else f" on each of {shards} devices"
+        raise ValueError(f"A batch of {count} examples does not split into micro-batches of {size}{where}.")
+    number = count // (size * shards)
+
+    def split(x: Array) -> Array:
+        # Every part has rows of all devices, which so stay where they are.
+        return x.reshape(shards, number, size, *x.shape[1:]).swapaxes(0, 1).reshape(number, -1, *x.shape[1:])
+
+    def join(x: Array) -> Array:
+        return x.reshape(number, shards, size, *x.shape[2:]).swapaxes(0, 1).reshape(count, *x.shape[2:])
+
+    parts = spread(mesh, jax.tree.map(split, rows), at=1)
     if per_example:
-        found = jax.lax.map(part, parts)
-        return jax.tree.map(lambda x: x.reshape(count, *x.shape[2:]), found)
+        return jax.tree.map(join, jax.lax.map(part, parts))
 
     def add(total: Any, rows: tuple) -> tuple[Any, Array]:
         values, losses = part(rows)
@@ -304,4 +315,4 @@ def _in_parts(
 
     shapes = jax.eval_shape(part, jax.tree.map(lambda x: x[0], parts)).values
     total, losses = jax.lax.scan(add, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes), parts)
-    return Examples(total, losses.reshape(count))
+    return Examples(total, join(losses))

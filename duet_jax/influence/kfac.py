@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from duet_jax.distributed.place import map_rows
 from duet_jax.influence.features import Feature, Gradient, Moments, State
 from duet_jax.influence.gradients import CHUNK, ExampleGradients, Examples, program_of
 from duet_jax.influence.projections import Projection, blocks, product
@@ -75,16 +76,21 @@ def sample_labels(gradients: ExampleGradients) -> Callable[[llama.Params, Lora |
     @jax.jit
     def sample(params: llama.Params, lora: Lora | None, tokens: Array, key: Array) -> Array:
         dtype = gradients.compute_dtype
-        hidden = llama.hidden_states(gradients.config, params, tokens, lora=lora, compute_dtype=dtype)[:, :-1]
+        config, mesh = gradients.config, gradients.mesh
+        hidden = llama.hidden_states(config, params, tokens, lora=lora, compute_dtype=dtype, mesh=mesh)[:, :-1]
         head = llama.output_head(params).astype(dtype)
 
-        def one(token: tuple[Array, Array]) -> Array:
-            logits = jnp.dot(head, token[0], preferred_element_type=jnp.float32)
-            return jax.random.categorical(token[1], logits)
+        def of_rows(hidden: Array, keys: Array, head: Array) -> Array:
+            def one(token: tuple[Array, Array]) -> Array:
+                logits = jnp.dot(head, token[0], preferred_element_type=jnp.float32)
+                return jax.random.categorical(token[1], logits)
 
-        flat = hidden.reshape(-1, hidden.shape[-1]).astype(dtype)
-        drawn = jax.lax.map(one, (flat, jax.random.split(key, flat.shape[0])), batch_size=CHUNK)
-        return jnp.concatenate([tokens[:, :1], drawn.reshape(hidden.shape[:2]).astype(tokens.dtype)], axis=1)
+            flat = hidden.reshape(-1, hidden.shape[-1]).astype(dtype)
+            drawn = jax.lax.map(one, (flat, keys.reshape(-1)), batch_size=CHUNK)
+            return drawn.reshape(hidden.shape[:2]).astype(tokens.dtype)
+
+        keys = jax.random.split(key, hidden[..., 0].size).reshape(hidden.shape[:2])
+        return jnp.concatenate([tokens[:, :1], map_rows(mesh, of_rows, (hidden, keys), (head,))], axis=1)
 
     return sample
 

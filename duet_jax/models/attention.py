@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from duet_jax.distributed.target import platform
 from duet_jax.models.packed import keep
 
 # Queries of a block: few enough that little is computed in vain, at most so many blocks that compile time stays short.
@@ -35,7 +36,7 @@ def causal_attention(q: Array, k: Array, v: Array, window: int | None = None) ->
       `[B, T, N, H]` in the dtype of q. Products take factors of that dtype; scores and softmax are float32.
     """
     # The library does not choose its fused GPU version by itself, and that one takes only half precision.
-    if jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16):
+    if platform() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16):
         seen = None if window is None else (window - 1, 0)
         return jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=seen, implementation="cudnn")
     return _attention(q, k, v, window)

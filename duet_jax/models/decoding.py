@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from duet_jax.distributed.target import platform
 from duet_jax.models.attention import cached_attention, causal_attention
 from duet_jax.models.llama import Block, LlamaConfig, Params, Pass, rms_norm
 from duet_jax.models.lora import Lora
@@ -47,7 +48,7 @@ class Cache(NamedTuple):
 
 def cache_dtype(compute_dtype: Any) -> Any:
     """The compute dtype, but for CPUs float32: they have no bfloat16 slices, so that every step would convert all."""
-    return jnp.float32 if jax.default_backend() == "cpu" else jnp.dtype(compute_dtype)
+    return jnp.float32 if platform() == "cpu" else jnp.dtype(compute_dtype)
 
 
 @partial(jax.jit, static_argnames=("config", "compute_dtype"))
@@ -68,6 +69,16 @@ def unstack(config: LlamaConfig, params: Params, lora: Lora | None, compute_dtyp
     )
     head = unpack(params["embedding"] if config.tie_embeddings else params["head"])
     return Decoder(layers, params["embedding"], params["norm"], head.astype(compute_dtype))
+
+
+def adapted(decoder: Decoder, lora: Lora | None) -> Decoder:
+    """The same parameters, which are not copied, with other adapters or with none."""
+    adapters = {} if lora is None else lora.adapters()
+    layers = tuple(
+        (params, jax.tree.map(lambda leaf, number=number: leaf[number], adapters))
+        for number, (params, _) in enumerate(decoder.layers)
+    )
+    return decoder._replace(layers=layers)
 
 
 def logits(decoder: Decoder, hidden: Array) -> Array:

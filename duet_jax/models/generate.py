@@ -97,7 +97,7 @@ def generate(
       stop_strings: texts that end a reply when they are complete.
       seed: of all random numbers.
       compute_dtype: dtype of matrix products.
-      mesh: spreads the rows over its axis `data`.
+      mesh: spreads the rows, see `Writer`.
       on_progress: is given how many replies are finished, and of how many.
 
     Raises:
@@ -112,7 +112,7 @@ def generate(
         raise ValueError(f"a prompt has {longest} tokens, more than the largest bucket holds ({max(buckets)}).")
     writer = Writer(config, sampling, tuple(vocabulary.eos_ids), jnp.dtype(compute_dtype), mesh)
     rows = -(-rows // writer.devices) * writer.devices
-    decoder = writer.copied(unstack(config, params, lora, writer.compute_dtype))
+    decoder = writer.gathered(unstack(config, params, lora, writer.compute_dtype))
     # Models often have more rows than their tokenizer has tokens; these can be drawn, and add nothing to a text.
     known = vocabulary.token_bytes
     words = known + (b"",) * (config.vocab_size - len(known))

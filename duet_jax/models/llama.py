@@ -17,7 +17,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.sharding import Mesh
 
+from duet_jax.distributed.place import embed, spread
 from duet_jax.models.attention import causal_attention
 from duet_jax.models.linear import Taps, matmul, untapped
 from duet_jax.models.lora import Lora, adapt
@@ -93,6 +95,7 @@ class Pass:
     rotation: tuple[Array, Array]
     remat: Remat = "none"
     tap: Callable[[str, Array, Array], Array] = untapped
+    mesh: Mesh | None = None
 
 
 class Block(nnx.Module):
@@ -185,7 +188,7 @@ class Llama(nnx.Module):
             this = pass_
             if taps is not None:
                 this = dataclasses.replace(pass_, tap=lambda name, x, y: taps.observe(name, watched, x, y))
-            return nnx.merge(block_def, params)(x, adapters, this, attend), None
+            return spread(pass_.mesh, nnx.merge(block_def, params)(x, adapters, this, attend)), None
 
         if pass_.remat != "none":
             layer = jax.checkpoint(layer, policy=KEEP if pass_.remat == "products" else None)
@@ -193,7 +196,7 @@ class Llama(nnx.Module):
         keys = None
         if lora is not None and dropout_key is not None:
             keys = jax.random.split(dropout_key, self.config.num_layers)
-        x = self.embedding[...][tokens].astype(jnp.float32)
+        x = embed(pass_.mesh, self.embedding[...], tokens).astype(jnp.float32)
         watched = None if taps is None else taps.layers
         x, _ = jax.lax.scan(layer, x, (layers, adapters, keys, watched))
         return rms_norm(x, self.norm[...], self.config.rms_norm_eps, jnp.float32)
@@ -224,7 +227,7 @@ def shapes(config: LlamaConfig, dtype: Any = jnp.float32) -> Params:
 def frozen(params: Params, compute_dtype: Any) -> Params:
     """The same parameters for passes that do not train them: kernels and output head rounded to `compute_dtype` once.
 
-    Every product rounds its kernel anyway, under rematerialisation three times a pass. In bfloat16 they are packed. A
+    Every product rounds its kernel anyway, under rematerialisation three times a pass. On CPUs bfloat16 is packed. A
     head that is shared with the embedding gets an array of its own, so that the embedding stays as it is.
     """
     if jnp.dtype(compute_dtype).itemsize >= 4:
@@ -257,6 +260,7 @@ def hidden_states(
     taps: Taps | None = None,
     positions: Array | None = None,
     attend: Attend | None = None,
+    mesh: Mesh | None = None,
 ) -> Array:
     """Final-norm hidden states of whole sequences.
 
@@ -272,11 +276,12 @@ def hidden_states(
       taps: watches the products of all layers.
       positions: int32 `[B, T]` of the tokens; None: one after the other, from 0.
       attend: takes the place of causal attention.
+      mesh: the parameters lie on it by `distributed.rules`, and so do the sequences; None for one device.
 
     Returns:
       float32 `[B, T, D]`.
     """
     if positions is None:
         positions = jnp.arange(tokens.shape[1])[None]
-    pass_ = Pass(compute_dtype, rotation(config, positions), remat)
+    pass_ = Pass(compute_dtype, rotation(config, positions), remat, mesh=mesh)
     return _module(config, params)(tokens, lora, dropout_key, pass_, taps=taps, attend=attend)

@@ -59,11 +59,11 @@ class Lora:
         }
 
 
-def init(config: LlamaConfig, lora: LoraConfig, *, key: Array) -> Lora:
-    """Adapters that change nothing yet: `a` uniform as in the reference code's Kaiming rule, `b` zero."""
+def widths(config: LlamaConfig) -> dict[str, tuple[int, int]]:
+    """Features into and out of each linear map of a layer."""
     size, inner, head = config.hidden_size, config.intermediate_size, config.head_dim
     queries, keys = config.num_heads * head, config.num_kv_heads * head
-    widths = {
+    return {
         "q": (size, queries),
         "k": (size, keys),
         "v": (size, keys),
@@ -72,11 +72,15 @@ def init(config: LlamaConfig, lora: LoraConfig, *, key: Array) -> Lora:
         "up": (size, inner),
         "down": (inner, size),
     }
-    count, factors = config.num_layers, {}
+
+
+def init(config: LlamaConfig, lora: LoraConfig, *, key: Array) -> Lora:
+    """Adapters that change nothing yet: `a` uniform as in the reference code's Kaiming rule, `b` zero."""
+    count, factors, found = config.num_layers, {}, widths(config)
     for i, name in enumerate(TARGETS):
         if name not in lora.targets:
             continue
-        features_in, features_out = widths[name]
+        features_in, features_out = found[name]
         bound = features_in**-0.5
         shape = (count, features_in, lora.rank)
         a = jax.random.uniform(jax.random.fold_in(key, i), shape, minval=-bound, maxval=bound)

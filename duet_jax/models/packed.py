@@ -2,7 +2,8 @@
 
 XLA for CPUs has no bfloat16 slices: where a loop reads a layer's kernel from a stack of bfloat16 kernels, it first
 converts all of the stack to float32, and where it writes what a layer keeps for the backward pass into such a stack, it
-converts the whole stack to float32 and back, once a layer. Words are left alone. On other devices this changes nothing.
+converts the whole stack to float32 and back, once a layer. Words are left alone. Other devices need none of this, and
+there nothing is packed: a loop over packed kernels would begin with a copy of all of them.
 """
 
 from __future__ import annotations
@@ -14,12 +15,15 @@ import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
+from duet_jax.distributed.target import platform
+
 KEPT = "kept"
 
 
 def pack(array: Array) -> Array:
-    """A bfloat16 array as uint16; others unchanged."""
-    return jax.lax.bitcast_convert_type(array, jnp.uint16) if array.dtype == jnp.bfloat16 else array
+    """On CPUs, a bfloat16 array as uint16; others unchanged."""
+    words = array.dtype == jnp.bfloat16 and platform() == "cpu"
+    return jax.lax.bitcast_convert_type(array, jnp.uint16) if words else array
 
 
 def unpack(array: Array) -> Array:

@@ -17,12 +17,12 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from duet_jax.distributed import rules
+from duet_jax.distributed.place import place_copied, place_rows, row_parts, spread
 from duet_jax.models import decoding
 from duet_jax.models.decoding import Cache, Decoder
 from duet_jax.models.llama import LlamaConfig
 from duet_jax.models.sampling import Sampling, draw
-
-ROWS, COPIED = P("data"), P()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,9 @@ class Writer:
       sampling: distribution of the next token.
       eos_ids: ids that end a reply.
       compute_dtype: dtype of matrix products.
-      mesh: rows are spread over its axis `data`, parameters are copied to every device; None for one device.
+      mesh: rows are spread over its axes `data` and `fsdp`, of which every device has all that its steps read of the
+        parameters: gathered once, not in every step. Features and heads are split over `tensor`, by the compiler. None
+        for one device.
     """
 
     config: LlamaConfig
@@ -46,15 +48,32 @@ class Writer:
     @property
     def devices(self) -> int:
         """Devices that rows are spread over; their number must be a multiple of it."""
-        return 1 if self.mesh is None else self.mesh.shape["data"]
+        return row_parts(self.mesh)
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Of the mesh, those that rows are spread over; `mesh` is not None."""
+        assert self.mesh is not None
+        return rules.axes_for(self.mesh, self.devices, rules.ROWS)
+
+    @property
+    def rows(self) -> P:
+        """Where arrays with their rows on the first axis lie."""
+        return P() if self.mesh is None else rules.row_spec(self.mesh, self.devices)
 
     def spread(self, tree: Any) -> Any:
         """Arrays with their rows on the devices of the mesh."""
-        return tree if self.mesh is None else jax.device_put(tree, NamedSharding(self.mesh, ROWS))
+        return place_rows(self.mesh, tree)
 
     def copied(self, tree: Any) -> Any:
         """Arrays that every device of the mesh has whole."""
-        return tree if self.mesh is None else jax.device_put(tree, NamedSharding(self.mesh, COPIED))
+        return place_copied(self.mesh, tree)
+
+    def gathered(self, decoder: Decoder) -> Decoder:
+        """A decoder as steps read it."""
+        if self.mesh is None:
+            return decoder
+        return jax.device_put(decoder, rules.shardings(self.mesh, decoder, gathered=True))
 
 
 @jax.tree_util.register_dataclass
@@ -93,16 +112,23 @@ def _on_mesh(writer: Writer, run: Callable, given: tuple[P, ...], returned: P) -
     """`run` on every device of the mesh, for its own rows."""
     if writer.mesh is None:
         return run
-    return jax.shard_map(run, mesh=writer.mesh, in_specs=given, out_specs=returned, check_vma=False)
+    own = {axis for axis, size in writer.mesh.shape.items() if axis in rules.ROWS or size == 1}
+    return jax.shard_map(run, mesh=writer.mesh, in_specs=given, out_specs=returned, axis_names=own, check_vma=False)
 
 
-def empty(writer: Writer, rows: int, slots: int, most: int) -> Slots:
-    """Rows that do not write; `slots` is S and `most` is N."""
-    return writer.spread(_empty(writer, rows, slots, most))
+def _laid(writer: Writer, slots: Slots) -> Slots:
+    """Rows where every function here takes and gives them: elsewhere, the next one would be compiled again."""
+    if writer.mesh is None:
+        return slots
+    rows, heads = slots.cache.keys[0].shape[:2]
+    where = NamedSharding(writer.mesh, rules.cache_spec(writer.mesh, rows, heads))
+    cache = jax.lax.with_sharding_constraint(slots.cache, where)
+    return dataclasses.replace(spread(writer.mesh, slots), cache=cache)
 
 
 @partial(jax.jit, static_argnames=("writer", "rows", "slots", "most"))
-def _empty(writer: Writer, rows: int, slots: int, most: int) -> Slots:
+def empty(writer: Writer, rows: int, slots: int, most: int) -> Slots:
+    """Rows that do not write; `slots` is S and `most` is N."""
     config = writer.config
     dtype, head = decoding.cache_dtype(writer.compute_dtype), (rows, config.num_kv_heads)
     keys, values = (
@@ -111,7 +137,7 @@ def _empty(writer: Writer, rows: int, slots: int, most: int) -> Slots:
     )
     numbers, flags = jnp.zeros(rows, jnp.int32), jnp.zeros(rows, bool)
     key = jax.random.key_data(jax.random.key(0))
-    return Slots(
+    found = Slots(
         cache=Cache(keys, values),
         hidden=jnp.zeros((rows, config.hidden_size)),
         position=numbers,
@@ -124,6 +150,7 @@ def _empty(writer: Writer, rows: int, slots: int, most: int) -> Slots:
         sampled_log_probs=jnp.zeros((rows, most)),
         ended=flags,
     )
+    return _laid(writer, found)
 
 
 @partial(jax.jit, static_argnames="writer")
@@ -132,9 +159,9 @@ def prefill(writer: Writer, decoder: Decoder, tokens: Array, lengths: Array) -> 
 
     def run(decoder: Decoder, tokens: Array, lengths: Array) -> tuple[Array, Cache]:
         found = decoding.prefill(writer.config, decoder, tokens, lengths, writer.compute_dtype)
-        return found if writer.mesh is None else jax.lax.all_gather(found, "data", tiled=True)
+        return found if writer.mesh is None else jax.lax.all_gather(found, writer.axes, tiled=True)
 
-    return _on_mesh(writer, run, (COPIED, ROWS, ROWS), COPIED)(decoder, tokens, lengths)
+    return _on_mesh(writer, run, (P(), writer.rows, writer.rows), P())(decoder, tokens, lengths)
 
 
 @partial(jax.jit, static_argnames="writer", donate_argnames="slots")
@@ -158,8 +185,8 @@ def admit(
       prompts: int32 `[R]`, which prompt each of `rows` gets.
       keys: data of a PRNG key for each of `rows`.
     """
-    run = _on_mesh(writer, partial(_admit, writer), (ROWS, COPIED, COPIED, COPIED, COPIED, COPIED), ROWS)
-    return run(slots, prefilled, lengths, rows, prompts, keys)
+    run = _on_mesh(writer, partial(_admit, writer), (writer.rows, P(), P(), P(), P(), P()), writer.rows)
+    return _laid(writer, run(slots, prefilled, lengths, rows, prompts, keys))
 
 
 def _admit(
@@ -174,7 +201,7 @@ def _admit(
     hidden, cache = prefilled
     own = len(slots.live)
     if writer.mesh is not None:
-        rows = rows - own * jax.lax.axis_index("data")
+        rows = rows - own * jax.lax.axis_index(writer.axes)
     # A negative number would count from the end.
     rows = jnp.where((rows >= 0) & (rows < own), rows, own)
 
@@ -202,7 +229,8 @@ def _admit(
 def advance(writer: Writer, decoder: Decoder, table: Array, slots: Slots, least: Array) -> Slots:
     """Writes until at most `least` rows of a device still do.
 
-    Every device runs its own loop: no row needs another, and none waits for those of other devices.
+    Every device runs its own loop: no row needs another, and none waits for those of other devices, unless features
+    are split over `tensor`: then all take as many steps.
 
     Args:
       writer: see `Writer`.
@@ -211,11 +239,20 @@ def advance(writer: Writer, decoder: Decoder, table: Array, slots: Slots, least:
       slots: the rows; the argument is consumed.
       least: int32; 0 goes on until all replies are finished.
     """
-    run = _on_mesh(writer, partial(_advance, writer), (COPIED, COPIED, ROWS, COPIED), ROWS)
-    return run(decoder, table, slots, least)
+    run = _on_mesh(writer, partial(_advance, writer), (P(), P(), writer.rows, P()), writer.rows)
+    return _laid(writer, run(decoder, table, slots, least))
 
 
-def _advance(writer: Writer, decoder: Decoder, table: Array, slots: Slots, least: Array) -> Slots:
+@partial(jax.jit, static_argnames=("writer", "steps"), donate_argnames="slots")
+def write(writer: Writer, decoder: Decoder, table: Array, slots: Slots, steps: int) -> Slots:
+    """`advance`, but for at most so many steps: for replies that are shown while they are written."""
+    run = _on_mesh(writer, partial(_advance, writer, steps=steps), (P(), P(), writer.rows, P()), writer.rows)
+    return _laid(writer, run(decoder, table, slots, jnp.int32(0)))
+
+
+def _advance(
+    writer: Writer, decoder: Decoder, table: Array, slots: Slots, least: Array, steps: int | None = None
+) -> Slots:
     eos = jnp.asarray(writer.eos_ids, jnp.int32)
     rows = jnp.arange(len(slots.live))
     most = slots.ids.shape[1]
@@ -246,4 +283,17 @@ def _advance(writer: Writer, decoder: Decoder, table: Array, slots: Slots, least
             ended=jnp.where(live, ended, slots.ended),
         )
 
-    return jax.lax.while_loop(lambda slots: jnp.sum(slots.live) > least, step, slots)
+    def more(slots: Slots) -> Array:
+        excess = jnp.sum(slots.live) - least
+        if writer.mesh is not None and writer.axes and writer.mesh.shape.get("tensor", 1) > 1:
+            # Devices that share a layer's features meet in every step, in programs of all devices.
+            excess = jax.lax.pmax(excess, writer.axes)
+        return excess > 0
+
+    if steps is None:
+        return jax.lax.while_loop(more, step, slots)
+
+    def unfinished(state: tuple[Array, Slots]) -> Array:
+        return (state[0] < steps) & more(state[1])
+
+    return jax.lax.while_loop(unfinished, lambda state: (state[0] + 1, step(state[1])), (jnp.int32(0), slots))[1]

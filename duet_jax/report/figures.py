@@ -259,6 +259,36 @@ def timings(trials: Sequence[Trial], stages: Mapping[str, Sequence[float]]) -> s
     return _svg(figure, "timings", "time by stage")
 
 
+@styled
+def reliability(bins: Sequence[Mapping[str, float]]) -> str:
+    """Mean score of the answers in each bin of confidence, on the diagonal if it is as stated."""
+    figure, axes = _new(1, 1, height=3.2)
+    ax = axes[0]
+    ax.plot([0, 1], [0, 1], color=INK, alpha=0.4, linewidth=0.8, label="as stated")
+    counts = np.array([part["answers"] for part in bins], np.float64)
+    sure, score = ([part[name] for part in bins] for name in ("confidence", "score"))
+    area = 20 + 180 * counts / counts.max()
+    ax.scatter(sure, score, s=area, color=ACCENT, alpha=0.8, label="answers, by their number")
+    _unit_axes(ax, "confidence", "score")
+    figure.legend(loc="outside upper left", ncols=2)
+    return _svg(figure, "reliability", "score by confidence")
+
+
+@styled
+def selective(curve: Sequence[Mapping[str, float]], threshold: float) -> str:
+    """Mean score of the answers that are given, from the surest ones to all, and where the threshold is."""
+    figure, axes = _new(1, 1, height=3.2)
+    ax = axes[0]
+    coverage, score = ([point[name] for point in curve] for name in ("coverage", "score"))
+    ax.plot(coverage, score, ".-", markersize=3, color=COLOURS[0], label="the surest answers")
+    ax.axhline(score[-1], color=INK, alpha=0.4, linewidth=0.8, label="all answers")
+    given = [point["coverage"] for point in curve if point["threshold"] >= threshold]
+    ax.axvline(given[-1] if given else 0.0, color=ACCENT, linewidth=1, linestyle=":", label="given at the threshold")
+    _unit_axes(ax, "share of answers given", "their score")
+    figure.legend(loc="outside upper left", ncols=3)
+    return _svg(figure, "selective", "score of the surest answers by their share")
+
+
 def gap_of(trial: Trial) -> float | None:
     """The Frank-Wolfe gap of a trial's proposal; None where its file has none."""
     gap = (trial.proposal or {}).get("gap")
@@ -302,6 +332,13 @@ def _panels(titles: Sequence[str]) -> tuple[Figure, list[Axes]]:
 def _band(ax: Axes, shares: np.ndarray, mean: np.ndarray, stderr: np.ndarray, colour: str) -> None:
     ax.fill_between(shares, mean - 2 * stderr, mean + 2 * stderr, color=colour, alpha=0.25, linewidth=0)
     ax.plot(shares, mean, color=colour)
+
+
+def _unit_axes(ax: Axes, across: str, up: str) -> None:
+    ax.set_xlabel(across)
+    ax.set_ylabel(up)
+    ax.set_xlim(-0.02, 1.02)
+    ax.set_ylim(-0.04, 1.04)
 
 
 def _rounds_axis(ax: Axes, trials: Sequence[Trial]) -> None:

@@ -156,6 +156,13 @@ class Search(Program):
             state, proposals = _step(self, 1, state, (*row[:2], True, row[2]), *waiting, _local(key), rule)
         return state, *self._finish(jax.tree.map(itemgetter(0), jax.device_get(proposals)))
 
+    def compiled(self) -> Any:
+        """The program of `ask` and `step` for a buffer that has not grown, as JAX compiled it, to be looked at."""
+        with _host():
+            state = self.start()
+            waiting, rule = self._pending(None, None), self._rule(state)
+            return _step.lower(self, 1, state, self._nothing(), *waiting, _local(jax.random.key(0)), rule).compile()
+
     def best(self, state: Observations) -> Best:
         """The observed mixture (and settings) of highest posterior mean.
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from duet_jax.config import SelectorConfig
-from duet_jax.curation.asking import confidence, summary
+from duet_jax.curation.asking import confidence, require_asked, summary
 from duet_jax.curation.respondent import ModelRespondent
 from duet_jax.feedback import Deployed
 from duet_jax.selection.pool import Pool
@@ -25,6 +25,7 @@ def clear(pool: Pool, selector: SelectorConfig, folder: Path) -> list[np.ndarray
       folder: beside it, what was sampled and asked is kept for all selections of this kind.
 
     Raises:
+      DataError: no question about any example fits the model's context; before anything is computed.
       DuetError: as `curation.asking.confidence`.
     """
     assert pool.engine is not None and selector.confidence is not None
@@ -32,5 +33,6 @@ def clear(pool: Pool, selector: SelectorConfig, folder: Path) -> list[np.ndarray
     respondent = ModelRespondent(model, pool.fingerprint, selector.confidence, pool.seed)
     every = [example for part in pool.examples for example in part]
     found = confidence(respondent, every, selector.confidence, folder.parent / "confidence", pool.on_progress)
+    require_asked(every, found, respondent.longest)
     pool.say(f"clear: {summary(every, found)}")
     return np.split(np.nan_to_num(found.value, nan=-np.inf), np.cumsum([len(part) for part in pool.examples])[:-1])

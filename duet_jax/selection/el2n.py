@@ -17,6 +17,7 @@ from jax import Array
 
 from duet_jax.config import SelectorConfig
 from duet_jax.data import join
+from duet_jax.distributed.place import map_rows
 from duet_jax.kernels.linear_cross_entropy import token_error_norms
 from duet_jax.models import llama
 from duet_jax.models.lora import Lora
@@ -42,16 +43,15 @@ def el2n(pool: Pool, selector: SelectorConfig, folder: Path) -> list[np.ndarray]
 
     @jax.jit
     def mean_norms(params: llama.Params, lora: Lora | None, tokens: Array, mask: Array) -> Array:
-        hidden = llama.hidden_states(trainer.model, params, tokens, lora=lora, compute_dtype=trainer.compute_dtype)
-        mask = mask[:, 1:]
-        norms = token_error_norms(
-            hidden[:, :-1].reshape(-1, hidden.shape[-1]),
-            llama.output_head(params),
-            tokens[:, 1:].reshape(-1),
-            mask.reshape(-1),
-            compute_dtype=trainer.compute_dtype,
-        )
-        return jnp.sum(norms.reshape(mask.shape), axis=1) / jnp.maximum(jnp.sum(mask, axis=1), 1)
+        dtype, mesh = trainer.compute_dtype, trainer.mesh
+        hidden = llama.hidden_states(trainer.model, params, tokens, lora=lora, compute_dtype=dtype, mesh=mesh)
+
+        def of_rows(hidden: Array, labels: Array, mask: Array, head: Array) -> Array:
+            flat = hidden.reshape(-1, hidden.shape[-1])
+            norms = token_error_norms(flat, head, labels.reshape(-1), mask.reshape(-1), compute_dtype=dtype)
+            return jnp.sum(norms.reshape(mask.shape), axis=1) / jnp.maximum(jnp.sum(mask, axis=1), 1)
+
+        return map_rows(mesh, of_rows, (hidden[:, :-1], tokens[:, 1:], mask[:, 1:]), (llama.output_head(params),))
 
     found = each(
         pool,

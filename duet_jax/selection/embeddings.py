@@ -64,7 +64,8 @@ def _mean_states(pool: Pool, folder: Path) -> np.ndarray:
 
     @jax.jit
     def mean_states(params: llama.Params, tokens: Array, lengths: Array) -> Array:
-        hidden = llama.hidden_states(trainer.model, params, tokens, compute_dtype=trainer.compute_dtype)
+        dtype, mesh = trainer.compute_dtype, trainer.mesh
+        hidden = llama.hidden_states(trainer.model, params, tokens, compute_dtype=dtype, mesh=mesh)
         inside = jnp.arange(tokens.shape[1])[None, :, None] < lengths[:, None, None]
         return jnp.sum(jnp.where(inside, hidden, 0), axis=1) / lengths[:, None]
 

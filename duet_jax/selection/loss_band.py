@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
+from duet_jax._files import save_arrays
 from duet_jax.config import SelectorConfig
 from duet_jax.data import join
-from duet_jax.selection.losses import base_losses
+from duet_jax.selection.losses import DETAILS, base_losses
 from duet_jax.selection.pool import Pool
 
 
@@ -21,14 +22,18 @@ def loss_band(pool: Pool, selector: SelectorConfig, folder: Path) -> list[np.nda
     Args:
       pool: what is scored.
       selector: of kind "loss_band".
-      folder: beside it stand losses, which other selectors read, too.
+      folder: gets `details.npz`: `base_loss`, sums in nats, and `response_tokens` of all domains' examples in order.
+        Beside it stand losses, which other selectors read, too.
 
     Returns:
       float64 `[examples]` of each domain; -inf where the loss is not finite.
     """
-    means = base_losses(pool, join(pool.train), folder.parent).means
+    losses = base_losses(pool, join(pool.train), folder.parent)
+    save_arrays(folder / DETAILS, {"base_loss": losses.sums, "response_tokens": losses.tokens})
     found = []
-    for name, part in zip(pool.names, np.split(means, np.cumsum([len(x) for x in pool.train])[:-1]), strict=True):
+    for name, part in zip(
+        pool.names, np.split(losses.means, np.cumsum([len(x) for x in pool.train])[:-1]), strict=True
+    ):
         known = np.isfinite(part)
         low, high = np.quantile(part[known], [selector.low, selector.high]) if known.any() else (np.nan, np.nan)
         inside = (low <= part) & (part <= high)

@@ -20,6 +20,7 @@ import numpy as np
 
 from duet_jax._files import save_array, save_arrays
 from duet_jax.data import Encoded, plan_forward
+from duet_jax.distributed.place import place, row_parts
 from duet_jax.feedback.likelihood import response_log_probs, response_tokens, scorer
 from duet_jax.models import llama
 from duet_jax.models.lora import Lora
@@ -27,6 +28,8 @@ from duet_jax.selection.pool import Pool
 
 # Batches whose losses are written together.
 PART = 64
+# Where a selector that scores by losses leaves these, an array of all domains' examples each, beside its scores.
+DETAILS = "details.npz"
 
 
 class Losses(NamedTuple):
@@ -65,8 +68,10 @@ def losses(
         return found
     path = _path(pool, data, identity, folder)
     trainer, report = pool.trainer, pool.progress(f"{name}, losses")
-    params = llama.frozen(params, trainer.compute_dtype)
-    plan = plan_forward(data.lengths, trainer.buckets, pool.batching.size)
+    # Rounded where they lie: what many devices hold together may be more than one of them can.
+    params, lora = place(trainer.mesh, (params, lora))
+    params = place(trainer.mesh, llama.frozen(params, trainer.compute_dtype))
+    plan = plan_forward(data.lengths, trainer.buckets, pool.batching.size, row_parts(trainer.mesh))
     rows = np.concatenate([np.zeros(0, np.int32), *(chosen for _, _, chosen in plan)])
     # Finished parts count only where the rest is batched as before: in other shapes, sums differ in their last bits.
     shapes = hashlib.sha256(repr([batch[:2] for batch in plan]).encode() + rows.tobytes()).hexdigest()
@@ -85,7 +90,7 @@ def losses(
         if part.exists():
             on_batch(len(chosen))
         else:
-            score = scorer(trainer.model, trainer.compute_dtype)
+            score = scorer(trainer.model, trainer.compute_dtype, trainer.mesh)
             save_array(part, -response_log_probs(score, params, lora, data, batches, trainer.pad_id, on_batch))
         sums[chosen] = np.load(part, allow_pickle=False)
     result = Losses(sums, response_tokens(data))

@@ -12,6 +12,7 @@ import numpy as np
 
 from duet_jax._files import save_array
 from duet_jax.data import Batch, Encoded, gather_batch, plan_forward
+from duet_jax.distributed.place import row_parts
 from duet_jax.selection.pool import Pool
 
 # Examples that are written together.
@@ -56,7 +57,7 @@ def _part(pool: Pool, program: Program, data: Encoded) -> np.ndarray:
     def take(rows: np.ndarray, values: Any) -> None:
         found.update(zip(rows.tolist(), np.asarray(values, np.float32), strict=False))
 
-    for length, size, rows in plan_forward(data.lengths, batching.buckets, batching.size):
+    for length, size, rows in plan_forward(data.lengths, batching.buckets, batching.size, row_parts(pool.trainer.mesh)):
         lengths = np.zeros(size, np.int32)
         lengths[: len(rows)] = data.lengths[rows]
         values = program(gather_batch(data, rows, length, size, batching.pad_id), lengths)

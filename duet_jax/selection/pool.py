@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -9,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -148,7 +150,10 @@ class Pool:
           ModelError: it cannot be loaded, or has other tokens or a shorter context than the examples need.
         """
         assert self.engine is not None, "a given reference needs the base model's tokenizer"
-        found, problem = models.load(source, dtype=self.trainer.compute_dtype), None
+        # What many devices hold together may be more than one of them can: it is read on the host.
+        host = None if self.trainer.mesh is None else jax.local_devices(backend="cpu")[0]
+        with contextlib.nullcontext() if host is None else jax.default_device(host):
+            found, problem = models.load(source, dtype=self.trainer.compute_dtype), None
         if found.tokenizer.token_bytes != self.engine.model.tokenizer.token_bytes:
             problem = "other tokens than the base model; give one with the same vocabulary"
         elif found.config.max_length < self.trainer.buckets[-1]:
@@ -195,6 +200,7 @@ class Pool:
             target=trainer.settings.method,
             compute_dtype=trainer.compute_dtype,
             remat=trainer.remat,
+            mesh=trainer.mesh,
         )
         return Point(gradients, params, lora, moments, self.fingerprint)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from duet_jax.selection.influence import influence
 from duet_jax.selection.lengths import length, length_matched
 from duet_jax.selection.less import less
 from duet_jax.selection.loss_band import loss_band
+from duet_jax.selection.losses import DETAILS
 from duet_jax.selection.nice import nice
 from duet_jax.selection.pool import Pool
 
@@ -41,17 +43,31 @@ SELECTORS = {
 }
 
 
+class Scores(NamedTuple):
+    """Scores of all training examples, higher is better.
+
+    Attributes:
+      utilities: float64 `[examples]` for each domain, finite, or -inf for an example that must not be chosen.
+      details: numbers that they are made of, `[examples]` of all domains in order, by name; of few selectors.
+    """
+
+    utilities: tuple[np.ndarray, ...]
+    details: Mapping[str, np.ndarray]
+
+
 def score(pool: Pool, selector: SelectorConfig, folder: Path) -> tuple[np.ndarray, ...]:
-    """Scores of all training examples, higher is better; from `folder` where they are there already.
+    """The utilities of `score_with_details`."""
+    return score_with_details(pool, selector, folder).utilities
+
+
+def score_with_details(pool: Pool, selector: SelectorConfig, folder: Path) -> Scores:
+    """Scores of all training examples; from `folder` where they are there already.
 
     Args:
       pool: what is scored, and for what.
       selector: of a kind that computes.
       folder: of all selections. A folder in it belongs to these scores alone, and holds unfinished work too; those
         of trajectories serve all scores that follow the same training.
-
-    Returns:
-      float64 `[examples]` for each domain, finite, or -inf for an example that must not be chosen.
 
     Raises:
       DataError: a domain or a target has no examples, no reply says what to prefer, or a score is not finite.
@@ -74,7 +90,11 @@ def score(pool: Pool, selector: SelectorConfig, folder: Path) -> tuple[np.ndarra
                 )
         save_array(kept, np.concatenate(found).astype(np.float64))
     ends = np.cumsum([len(examples) for examples in pool.train])[:-1]
-    return tuple(np.split(np.load(kept, allow_pickle=False), ends))
+    details = {}
+    if (place / DETAILS).is_file():
+        with np.load(place / DETAILS, allow_pickle=False) as arrays:
+            details = dict(arrays)
+    return Scores(tuple(np.split(np.load(kept, allow_pickle=False), ends)), details)
 
 
 class _Report:

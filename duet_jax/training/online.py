@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import Mesh
 
+from duet_jax.distributed.place import map_rows, spread
 from duet_jax.kernels.linear_cross_entropy import response_log_probs
 from duet_jax.models import llama
 from duet_jax.models import lora as adapters
@@ -53,6 +55,7 @@ def choose(
     mask: Array,
     reference: Array,
     compute_dtype: Any,
+    mesh: Mesh | None = None,
 ) -> Choice:
     """The best `batch_size` of a step's candidates under the current model.
 
@@ -64,10 +67,11 @@ def choose(
       mask: bool `[C, T]`, which tokens are scored; none in rows of padding.
       reference: float32 `[C]`, summed losses of the responses under the reference, nats.
       compute_dtype: dtype of matrix products.
+      mesh: each forward pass is spread over its devices; None for one device.
     """
     assert settings.online is not None
     size = settings.micro_batch_size or settings.batch_size
-    losses = _response_losses(model, params, lora, tokens, mask, size, compute_dtype)
+    losses = _response_losses(model, params, lora, tokens, mask, size, compute_dtype, mesh)
     return best(settings.online, losses, reference, jnp.sum(mask, axis=1), settings.batch_size)
 
 
@@ -111,14 +115,19 @@ def _response_losses(
     mask: Array,
     size: int,
     compute_dtype: Any,
+    mesh: Mesh | None,
 ) -> Array:
     """Summed loss of each response with its end of text, float32 `[C]`; only `size` rows are in memory at a time."""
     params = llama.frozen(params, compute_dtype)
 
     def of_some(part: tuple[Array, Array]) -> Array:
         tokens, mask = part
-        hidden = llama.hidden_states(model, params, tokens, lora=lora, compute_dtype=compute_dtype)
-        return -response_log_probs(hidden, llama.output_head(params), tokens, mask, compute_dtype)
+        hidden = llama.hidden_states(model, params, tokens, lora=lora, compute_dtype=compute_dtype, mesh=mesh)
 
-    parts = tuple(x.reshape(-1, size, x.shape[1]) for x in (tokens, mask))
+        def of_rows(hidden: Array, tokens: Array, mask: Array, head: Array) -> Array:
+            return -response_log_probs(hidden, head, tokens, mask, compute_dtype)
+
+        return map_rows(mesh, of_rows, (hidden, tokens, mask), (llama.output_head(params),))
+
+    parts = spread(mesh, tuple(x.reshape(-1, size, x.shape[1]) for x in (tokens, mask)), at=1)
     return jax.lax.map(of_some, parts).reshape(-1)

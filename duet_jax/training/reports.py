@@ -10,8 +10,9 @@ from typing import Any
 class StepReport:
     """One finished step, on the host.
 
-    `tokens` counts the prompt and response tokens it trained on. `score` is the mean of what online selection chose
-    its examples by, None without it.
+    `tokens` counts the prompt and response tokens it trained on, and `flops` the model FLOPs they need. `seconds` are
+    since this process began the training, `step_seconds` since the step before was finished, or since that beginning;
+    `devices` took part. `score` is the mean of what online selection chose its examples by, None without it.
     """
 
     step: int
@@ -21,6 +22,9 @@ class StepReport:
     learning_rate: float
     tokens: int
     seconds: float
+    step_seconds: float
+    flops: float
+    devices: int
     score: float | None = None
 
 

@@ -20,11 +20,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
+from jax.sharding import Mesh
 
 from duet_jax.data import Batch, Encoded, gather_batch
+from duet_jax.distributed import rules
+from duet_jax.distributed.place import map_rows, place
 from duet_jax.kernels.linear_cross_entropy import linear_cross_entropy
 from duet_jax.models import llama
 from duet_jax.models import lora as adapters
+from duet_jax.models.flops import training_flops
 from duet_jax.training import online
 from duet_jax.training.checkpoint import Checkpoints
 from duet_jax.training.optimiser import adam, learning_rates
@@ -62,6 +66,7 @@ class Trainer:
       pad_id: id of padding.
       compute_dtype: dtype of matrix products.
       remat: what the backward pass computes again, see `llama.hidden_states`.
+      mesh: parameters, state and batches lie on it by `distributed.rules`; None for one device.
     """
 
     model: llama.LlamaConfig
@@ -71,6 +76,7 @@ class Trainer:
     pad_id: int
     compute_dtype: Any = jnp.float32
     remat: llama.Remat = "products"
+    mesh: Mesh | None = None
 
     @property
     def _lora_config(self) -> adapters.LoraConfig:
@@ -102,7 +108,7 @@ class Trainer:
     def start(self, key: Array) -> TrainState:
         """The state before the first step."""
         if self._adapter is None:
-            trainable = jax.tree.map(lambda x: x.astype(jnp.float32), self.load_base())
+            trainable = jax.tree.map(lambda x: x.astype(jnp.float32), self._base())
         else:
             trainable = self._new_factors(key)
         return self.restart(trainable)
@@ -111,19 +117,36 @@ class Trainer:
         """The state before the first step of a training that begins at factors or parameters that are there."""
         return TrainState(trainable, self._new_moments(trainable))
 
+    def _base(self) -> llama.Params:
+        return place(self.mesh, self.load_base())
+
+    @cached_property
+    def _layout(self) -> TrainState | None:
+        """Where each array of the state lies: without being told, zeros would lie everywhere. None on one device."""
+        if self.mesh is None:
+            return None
+        trainable = llama.shapes(self.model)
+        if self._adapter is not None:
+            new = partial(adapters.init, self.model, self._lora_config)
+            trainable = jax.eval_shape(lambda: new(key=jax.random.key(0)).factors)
+        moments = jax.eval_shape(adam(1.0, 0.0).init, trainable)
+        return rules.shardings(self.mesh, TrainState(trainable, moments))
+
     @cached_property
     def _new_factors(self) -> Callable[[Array], Any]:
-        return jax.jit(lambda key: adapters.init(self.model, self._lora_config, key=key).factors)
+        where = None if self._layout is None else self._layout.trainable
+        return jax.jit(lambda key: adapters.init(self.model, self._lora_config, key=key).factors, out_shardings=where)
 
     @cached_property
     def _new_moments(self) -> Callable[[Any], optax.OptState]:
-        return jax.jit(adam(1.0, 0.0).init)
+        where = None if self._layout is None else self._layout.optimiser
+        return jax.jit(adam(1.0, 0.0).init, out_shardings=where)
 
     def deployable(self, trainable: Any) -> tuple[llama.Params, adapters.Lora | None]:
         """Parameters and adapters (or None) of the trained model, ready for `llama.hidden_states`."""
         if self._adapter is None:
             return trainable, None
-        return self.load_base(), dataclasses.replace(self._adapter, factors=trainable)
+        return self._base(), dataclasses.replace(self._adapter, factors=trainable)
 
     def loss(
         self, trainable: Any, base: llama.Params | None, dials: Dials, tokens: Array, weights: Array, key: Array
@@ -147,15 +170,16 @@ class Trainer:
             dropout_key=key if self.settings.lora.dropout > 0 else None,
             compute_dtype=self.compute_dtype,
             remat=self.remat,
+            mesh=self.mesh,
         )
-        return linear_cross_entropy(
-            hidden[:, :-1].reshape(-1, hidden.shape[-1]),
-            llama.output_head(params),
-            tokens[:, 1:].reshape(-1),
-            weights[:, 1:].reshape(-1),
-            256,
-            self.compute_dtype,
-        )
+
+        def of_rows(hidden: Array, tokens: Array, weights: Array, head: Array) -> Array:
+            flat = hidden.reshape(-1, hidden.shape[-1])
+            total = linear_cross_entropy(flat, head, tokens.reshape(-1), weights.reshape(-1), 256, self.compute_dtype)
+            return total[None]
+
+        rows = hidden[:, :-1], tokens[:, 1:], weights[:, 1:]
+        return jnp.sum(map_rows(self.mesh, of_rows, rows, (llama.output_head(params),)))
 
     @cached_property
     def step(self) -> Callable[..., tuple[TrainState, Metrics]]:
@@ -166,7 +190,10 @@ class Trainer:
         float32 `[candidates]` summed losses of their responses under the reference.
         """
 
-        @partial(jax.jit, donate_argnums=(0,))
+        # Where the state lies it comes back, so that the next step finds it as this one did.
+        where = None if self.mesh is None else (self._layout, rules.copied(self.mesh))
+
+        @partial(jax.jit, donate_argnums=(0,), out_shardings=where)
         def step(
             state: TrainState,
             base: llama.Params | None,
@@ -182,7 +209,7 @@ class Trainer:
             if reference is not None:
                 params, lora = network(state.trainable, base, dials)
                 choice = online.choose(
-                    self.settings, self.model, params, lora, tokens, mask, reference, self.compute_dtype
+                    self.settings, self.model, params, lora, tokens, mask, reference, self.compute_dtype, self.mesh
                 )
                 tokens, mask = tokens[choice.rows], mask[choice.rows] & choice.kept[:, None]
             response_tokens = jnp.sum(mask)
@@ -203,7 +230,7 @@ class Trainer:
             return jax.value_and_grad(self.loss)(trainable, base, dials, tokens, weights, key)
 
         size = self.settings.micro_batch_size or tokens.shape[0]
-        losses, gradient = accumulate(differentiate, trainable, (tokens, weights), key, size)
+        losses, gradient = accumulate(differentiate, trainable, (tokens, weights), key, size, self.mesh)
         return jnp.sum(losses), gradient
 
     def plan(self, data: Encoded, rows: np.ndarray, seed: int) -> list[tuple[int, np.ndarray]]:
@@ -283,7 +310,8 @@ class Trainer:
         epoch = steps // self.settings.epochs
         totals = {"loss": 0.0, "response_tokens": 0.0, "tokens": 0.0} | progress
         rates = learning_rates(self.settings, steps)
-        key, base, dials = jax.random.key(seed), None if self._adapter is None else self.load_base(), self.dials
+        key, base, dials = jax.random.key(seed), None if self._adapter is None else self._base(), self.dials
+        lora, finished = None if self._adapter is None else self._lora_config, 0.0
 
         def advance(number: int, state: TrainState) -> tuple[TrainState, Metrics]:
             length, rows = batches[number]
@@ -295,18 +323,33 @@ class Trainer:
             )
 
         def finish(number: int, metrics: Metrics) -> None:
+            nonlocal finished
             rows = batches[number][1]
             loss, norm, response_tokens = (float(x) for x in metrics[:3])
             score = None
             if metrics.choice is not None:
                 rows = rows[np.asarray(metrics.choice.rows)[np.asarray(metrics.choice.kept)]]
                 score = float(metrics.choice.score)
-            tokens = sum(len(data.tokens[row]) for row in rows)
+            lengths = np.array([len(data.tokens[row]) for row in rows])
+            tokens, seconds = int(lengths.sum()), time.perf_counter() - began
             totals["loss"] += loss * response_tokens
             totals["response_tokens"] += response_tokens
             totals["tokens"] += tokens
-            seconds = time.perf_counter() - began
-            on_step(StepReport(number + 1, steps, loss, norm, float(rates[number]), tokens, seconds, score))
+            report = StepReport(
+                step=number + 1,
+                steps=steps,
+                loss=loss,
+                gradient_norm=norm,
+                learning_rate=float(rates[number]),
+                tokens=tokens,
+                seconds=seconds,
+                step_seconds=seconds - finished,
+                flops=training_flops(self.model, lora, lengths),
+                devices=len(metrics.loss.sharding.device_set),
+                score=score,
+            )
+            finished = seconds
+            on_step(report)
 
         def after(number: int, state: TrainState) -> None:
             if on_epoch is not None and number % epoch == 0:

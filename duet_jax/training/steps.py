@@ -10,8 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
+from jax.sharding import Mesh
 
 from duet_jax.data import plan_batches
+from duet_jax.distributed.place import constrain, spread
 from duet_jax.models import llama
 from duet_jax.models.lora import Lora
 from duet_jax.training.optimiser import adam
@@ -53,7 +55,12 @@ def plan_epochs(
 
 
 def accumulate(
-    differentiate: Callable[..., tuple[Any, Any]], trainable: Any, arrays: tuple[Array, ...], key: Array, size: int
+    differentiate: Callable[..., tuple[Any, Any]],
+    trainable: Any,
+    arrays: tuple[Array, ...],
+    key: Array,
+    size: int,
+    mesh: Mesh | None = None,
 ) -> tuple[Any, Any]:
     """Values and the sum of the gradients of `size` rows at a time.
 
@@ -63,21 +70,23 @@ def accumulate(
       arrays: `[rows, ...]` each, rows a multiple of `size`.
       key: split over the micro-batches.
       size: rows of a micro-batch.
+      mesh: every micro-batch is spread over all its devices, gradients lie as what they are of; None for one device.
 
     Returns:
       The values with a leading axis of micro-batches, and the gradient.
     """
     rows = arrays[0].shape[0]
     if size == rows:
-        values, gradient = differentiate(trainable, *arrays, key)
+        values, gradient = differentiate(trainable, *spread(mesh, arrays), key)
         return jax.tree.map(lambda x: x[None], values), gradient
 
     def add(total: Any, part: tuple) -> tuple[Any, Any]:
         values, gradient = differentiate(trainable, *part)
         return jax.tree.map(jnp.add, total, gradient), values
 
-    parts = (*(x.reshape(rows // size, size, *x.shape[1:]) for x in arrays), jax.random.split(key, rows // size))
-    gradient, values = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, trainable), parts)
+    parts = spread(mesh, tuple(x.reshape(rows // size, size, *x.shape[1:]) for x in arrays), at=1)
+    start = constrain(mesh, jax.tree.map(jnp.zeros_like, trainable))
+    gradient, values = jax.lax.scan(add, start, (*parts, jax.random.split(key, rows // size)))
     return values, gradient
 
 

@@ -26,7 +26,7 @@ CONFIDENCE: dict[str, Any] = {
     "batch_size": 8,
     "sample_template": "{prompt}",
     "reflection_templates": ["{prompt} {answer}\n{options}"],
-    "contradiction_template": "{prompt} {first} {second}",
+    "contradiction_template": "{prompt} {first} {second}\n{options}",
 }
 
 

@@ -25,7 +25,10 @@ from duet_jax.config import ClearConfig, ConfidenceConfig, DomainConfig
 from duet_jax.curate import curate
 from duet_jax.curation import audit, clear
 from duet_jax.curation.clear import Settled, file_of, settle
+from duet_jax.curation.contradiction import OPTIONS as YES_NO
+from duet_jax.curation.correction import OPTIONS as BETTER
 from duet_jax.curation.decisions import Action
+from duet_jax.curation.reflection import OPTIONS, READ
 from duet_jax.curation.respondent import ModelRespondent, Reply
 from duet_jax.data import Example, load_examples
 from duet_jax.display import Display
@@ -36,8 +39,17 @@ from duet_jax.training.sft import Trainer
 TEMPLATES: dict[str, Any] = {
     "sample_template": "{prompt}",
     "reflection_templates": ["{prompt} {answer}\n{options}"],
-    "contradiction_template": "{prompt}|{first}|{second}",
+    "contradiction_template": "{prompt}|{first}|{second}\n{options}",
 }
+
+
+def offered(text: str) -> tuple[str, dict[str, str]]:
+    """A question without the options at its end, and the letters of these."""
+    lines = text.splitlines()
+    letters: dict[str, str] = {}
+    while lines and (option := lines[-1][3:]) in (*OPTIONS, *YES_NO, *BETTER) and option not in letters:
+        letters[option] = lines.pop()[0]
+    return "\n".join(lines), letters
 
 
 class Oracle:
@@ -52,8 +64,15 @@ class Oracle:
     def sizes(self, examples: Sequence[Example]) -> list[int]:
         return [len(str(example.prompt)) for example in examples]
 
-    def log_probs(self, examples: Sequence[Example]) -> np.ndarray:
-        return np.tile([-1.0, 2.0], (len(examples), 1))
+    def read(
+        self,
+        questions: Sequence[Example],
+        groups: Sequence[int],
+        words: Sequence[str],
+        scored: Sequence[Example] = (),
+        owners: Sequence[int] = (),
+    ) -> tuple[np.ndarray, np.ndarray]:
+        return self.options(questions, groups, words), np.tile([-1.0, 2.0], (len(scored), 1))
 
     def answers(
         self, examples: Sequence[Example], samples: int, max_new_tokens: int, stop: Sequence[str] = ()
@@ -68,26 +87,26 @@ class Oracle:
         return np.where(np.arange(len(words)) == words.index(said), self.sure, (1 - self.sure) / (len(words) - 1))
 
     def _says(self, text: str, words: list[str]) -> str:
-        if words == ["Yes", "No"]:
-            _, first, second = text.split("|")
-            return "No" if first == second else "Yes"
-        if "\n" in text:
-            known = self._right(text.splitlines()[0])
-            return next(line[0] for line in text.splitlines() if line.endswith(": Correct" if known else ": Incorrect"))
-        self.judged.append(text)
-        return self.letter or self._better(text)
+        asked, letters = offered(text)
+        if "Yes" in letters:
+            _, first, second = asked.rsplit("|", 2)
+            return letters["No" if first == second else "Yes"]
+        if "Correct" in letters:
+            prompt, said = asked.removesuffix(READ.rstrip()).rstrip().rsplit(" ", 1)
+            return letters["Correct" if self._answer(prompt) == said else "Incorrect"]
+        self.judged.append(asked)
+        return self.letter or letters[self._better(asked)]
 
-    def _right(self, line: str) -> bool:
-        asked, said = line.rsplit(" ", 1)
-        return self._answer(asked) == said
-
-    def _answer(self, asked: str) -> str:
-        return self._better(asked) if "#" in asked else self.right[asked]
+    def _answer(self, prompt: str) -> str:
+        if "#" not in prompt:
+            return self.right[prompt]
+        asked, letters = offered(prompt)
+        return letters[self._better(asked)]
 
     def _better(self, asked: str) -> str:
         prompt, first, second = asked.split("#")
         right = self.right[prompt]
-        return "C" if (first == right) == (second == right) else "A" if first == right else "B"
+        return BETTER[2] if (first == right) == (second == right) else BETTER[0] if first == right else BETTER[1]
 
 
 def clear_config(**changes: Any) -> ClearConfig:
@@ -96,7 +115,7 @@ def clear_config(**changes: Any) -> ClearConfig:
         **{
             "correct": True,
             "threshold": 0.5,
-            "preference_template": "{prompt}#{first}#{second}",
+            "preference_template": "{prompt}#{first}#{second}\n{options}",
             "confidence": confidence,
         }
         | changes
@@ -134,8 +153,10 @@ def test_planted_noise_is_corrected_where_the_proposal_is_right(tmp_path: Path) 
     assert [decision.action for decision in found.decisions] == expected
     assert trained == [[example for example in NOISY if example.response != "odd"]]
     assert [found.decisions[0].proposal, found.decisions[0].acceptance] == ["w0", 1.0]
-    # Only what differs and is not empty is judged, in both positions: here of x0 and x15.
-    assert sorted(oracle.judged) == ["x0#odd#w0", "x0#w0#odd", "x15#odd#w15", "x15#w15#odd"]
+    # Only what differs and is not empty is judged, in both positions and three orders of options: here of x0 and x15.
+    assert sorted(oracle.judged) == [
+        text for text in ("x0#odd#w0", "x0#w0#odd", "x15#odd#w15", "x15#w15#odd") for _ in range(3)
+    ]
     rows = audit.rows(NOISY, ["a"] * 20, found)
     assert rows[0]["first_proposal"] == rows[0]["second_proposal"] == 1.0 and rows[1]["first_proposal"] is None
     assert [rows[i]["response"] for i in (0, 1, 5)] == ["w0", "w1", None]
@@ -150,9 +171,11 @@ def test_c6_the_whole_state_machine(tmp_path: Path) -> None:
     changes: dict[str, Any] = {"acceptance": "probability", "samples": 0}
     below, _ = settled(tmp_path, Oracle(right, sure=0.9), proposals, examples, eta=0.89, **changes)
     assert [decision.action for decision in below.decisions] == ["keep", "correct", "keep", "drop"]
-    at, _ = settled(tmp_path, Oracle(right, sure=0.9), proposals, examples, eta=0.9, **changes)
+    sure = below.decisions[1].acceptance
+    assert sure == pytest.approx(0.9)
+    at, _ = settled(tmp_path, Oracle(right, sure=0.9), proposals, examples, eta=sure, **changes)
     assert [decision.action for decision in at.decisions] == ["keep", "drop", "keep", "drop"]
-    assert at.decisions[1].better and at.decisions[1].acceptance == 0.9
+    assert at.decisions[1].better and at.decisions[1].acceptance == sure
     # A target above the threshold is corrected just as well.
     low, _ = settled(tmp_path, Oracle(right, sure=0.9), proposals, examples, eta=0.89, threshold=0.01, **changes)
     assert [decision.action for decision in low.decisions] == ["keep", "correct", "keep", "keep"]
@@ -162,7 +185,7 @@ def test_c10_a_judge_of_one_letter_corrects_nothing(tmp_path: Path) -> None:
     for letter in "ABC":
         oracle = Oracle(RIGHT, letter)
         found, _ = settled(tmp_path / letter, oracle, [["new"] * 20], eta=0.0, acceptance="probability")
-        assert len(oracle.judged) == 40 and not any(decision.better for decision in found.decisions)
+        assert len(oracle.judged) == 3 * 40 and not any(decision.better for decision in found.decisions)
         assert {decision.action for decision in found.decisions} == {Action.KEEP, Action.DROP}
 
 
@@ -188,7 +211,7 @@ def test_a_prompt_has_one_target_in_the_end(tmp_path: Path) -> None:
     class Fond(Oracle):
         def _better(self, asked: str) -> str:
             _, first, second = asked.split("#")
-            return "C" if "w0" in (first, second) else "A" if first == "new" else "B"
+            return BETTER[2] if "w0" in (first, second) else BETTER[0] if first == "new" else BETTER[1]
 
     fond = Fond({"x0": "w0", "x1": "w1"})
     found, _ = settled(tmp_path / "fond", fond, [["new"] * 4], examples)
@@ -232,8 +255,8 @@ def tree(tmp_path: Path) -> dict[str, Any]:
         "training": {"method": "full", "learning_rate": 0.02, "batch_size": 4, "epochs": 4, "schedule": "constant"},
         "data": {
             "validation_fraction": 0,
-            "max_length": 96,
-            "buckets": [32, 96],
+            "max_length": 192,
+            "buckets": [32, 192],
             "domains": [
                 {"name": "a", "source": str(tmp_path / "a.jsonl")},
                 {"name": "b", "source": str(tmp_path / "b.jsonl"), "messages": "messages"},
@@ -243,7 +266,7 @@ def tree(tmp_path: Path) -> dict[str, Any]:
             "correct": True,
             "eta": 0.2,
             "acceptance": "probability",
-            "preference_template": "#{prompt}#{first}#{second}",
+            "preference_template": "#{prompt}#{first}#{second}\n{options}",
             "max_new_tokens": 2,
             "confidence": {**TEMPLATES, "samples": 2, "max_new_tokens": 2, "batch_size": 8},
         },
@@ -257,18 +280,24 @@ def load(tmp_path: Path, tree: dict[str, Any], *words: str) -> configs.CurateCon
 
 @pytest.fixture
 def opinionated(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model that is not trained likes one letter wherever it stands; as a judge this one likes the later word."""
-    options = ModelRespondent.options
+    """A model that is not trained likes one letter wherever it stands; as a judge this one likes the earlier word."""
+    read = ModelRespondent.read
 
     def judged(
-        self: ModelRespondent, questions: Sequence[Example], groups: Sequence[int], words: Sequence[str]
-    ) -> np.ndarray:
+        self: ModelRespondent, questions: Sequence[Example], groups: Sequence[int], words: Sequence[str], *scored: Any
+    ) -> tuple[np.ndarray, np.ndarray]:
         if not str(questions[0].prompt).startswith("#"):
-            return options(self, questions, groups, words)
-        pairs = [str(question.prompt).rsplit("#", 2)[1:] for question in questions]
-        return np.array([[0.6, 0.3, 0.1] if first > second else [0.3, 0.6, 0.1] for first, second in pairs])
+            return read(self, questions, groups, words, *scored)
+        found = []
+        for question in questions:
+            asked, letters = offered(str(question.prompt))
+            first, second = asked.rsplit("#", 2)[1:]
+            likes = dict(zip(BETTER, (0.6, 0.3, 0.1) if first < second else (0.3, 0.6, 0.1), strict=True))
+            meant = {letter: option for option, letter in letters.items()}
+            found.append([likes[meant[word]] for word in words])
+        return np.array(found), np.zeros((0, 2))
 
-    monkeypatch.setattr(ModelRespondent, "options", judged)
+    monkeypatch.setattr(ModelRespondent, "read", judged)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -324,7 +353,7 @@ def test_data_in_curated_data_and_its_audit_out(
         patch.setattr(Trainer, "fit", refuse)
         for name in ("sample", "log_probs"):
             patch.setattr(Deployed, name, refuse)
-        patch.setattr(ModelRespondent, "options", refuse)
+        patch.setattr(ModelRespondent, "read", refuse)
         curate(load(tmp_path, tree), out, quiet=True)
         assert contents(out) == before
         # Other thresholds are the same work, as long as the same examples are kept.
@@ -334,7 +363,7 @@ def test_data_in_curated_data_and_its_audit_out(
 
     # Killed in one stage after another, it goes on each time, and ends with the same files.
     stages: list[str] = []
-    for stage in ("reflection", "contradiction", "training", "proposals", "judge"):
+    for stage in ("samples", "questions", "training", "proposals", "judge"):
 
         def kill(display: Display, name: str, done: int, of: int, stage: str = stage) -> None:
             stages.append(name)
@@ -366,7 +395,7 @@ def test_cut_proposals_and_long_examples_correct_nothing_and_end_nothing(
     tmp_path: Path, tree: dict[str, Any], opinionated: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with (tmp_path / "a.jsonl").open("a") as file:
-        file.write(json.dumps({"id": "long", "prompt": "abc" * 30, "response": "A"}) + "\n")
+        file.write(json.dumps({"id": "long", "prompt": "abc" * 64, "response": "A"}) + "\n")
     alive: list[weakref.ref] = []
     fit = Trainer.fit
 
@@ -407,9 +436,12 @@ def test_cut_proposals_and_long_examples_correct_nothing_and_end_nothing(
         (["clear.quantile=2"], "clear.quantile is 2.0; it must be in [0, 1]."),
         (["clear.preference_template=x"], "clear.preference_template is 'x'; it must be a text with {first}"),
         (["clear.confidence.alpha=2"], "clear.confidence.alpha is 2.0; it must be in [0, 1]."),
-        (["clear.max_new_tokens=96"], "clear: of none of 16 examples a proposal of up to 96 tokens and the questions"),
         (
-            ["clear.confidence.max_new_tokens=96"],
+            ["clear.max_new_tokens=192"],
+            "clear: of none of 16 examples a proposal of up to 192 tokens and the questions",
+        ),
+        (
+            ["clear.confidence.max_new_tokens=192"],
             "no question about any of 16 examples, such as 'e0', fits into",
         ),
     ],

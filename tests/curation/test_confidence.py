@@ -20,7 +20,7 @@ from duet_jax import models
 from duet_jax.config import ConfidenceConfig
 from duet_jax.curation import asking
 from duet_jax.curation.answers import answer
-from duet_jax.curation.asking import askable, confidence, dressed, summary
+from duet_jax.curation.asking import askable, confidence, dressed, require_asked, summary
 from duet_jax.curation.confidence import (
     combine,
     final_answer,
@@ -30,10 +30,11 @@ from duet_jax.curation.confidence import (
     similarity,
 )
 from duet_jax.curation.parts import in_parts
-from duet_jax.curation.reflection import ORDERS, questions, reflect, taken
+from duet_jax.curation.reflection import questions, taken, written
 from duet_jax.curation.respondent import ModelRespondent, Reply
 from duet_jax.data import Example
 from duet_jax.data.characters import CharacterTokenizer
+from duet_jax.data.example import plain_text
 from duet_jax.errors import ConfigError, DataError, ModelError
 from duet_jax.feedback import Deployed, Engine
 from duet_jax.models import llama
@@ -57,7 +58,7 @@ SHORT = ConfidenceConfig(
     batch_size=4,
     sample_template="say: {prompt}",
     reflection_templates=TEMPLATES,
-    contradiction_template="{prompt}: {first} or {second}",
+    contradiction_template="{prompt}: {first} or {second}\n{options}",
 )
 
 
@@ -183,11 +184,13 @@ class Toy:
         rng = np.random.default_rng([self.seed, len(asked), 1])
         for row, question in enumerate(asked):
             text = str(question.prompt)
-            if words == ("Yes", "No"):
-                first, second = text.partition(": ")[2].split(" or ")
-                found[row, 0 if first != second else 1] = 1
-                continue
             said, options = text.split("\n", 1)
+            if " or " in said:
+                first, second = said.partition(": ")[2].split(" or ")
+                meaning = "No" if first == second else "Yes"
+                line = next(line for line in options.splitlines() if line.endswith(f": {meaning}"))
+                found[row, words.index(line[0])] = 1
+                continue
             prompt, proposed = said.split(" ", 1)[1].split(" A ")
             believed = self._says(rng, prompt)
             meaning = "Correct" if believed == proposed else "Incorrect"
@@ -195,8 +198,15 @@ class Toy:
             found[row, words.index(line[0])] = 1
         return found
 
-    def log_probs(self, examples: Sequence[Example]) -> np.ndarray:
-        return np.tile([-1.0, 2.0], (len(examples), 1))
+    def read(
+        self,
+        questions: Sequence[Example],
+        groups: Sequence[int],
+        words: Sequence[str],
+        scored: Sequence[Example] = (),
+        owners: Sequence[int] = (),
+    ) -> tuple[np.ndarray, np.ndarray]:
+        return self.options(questions, groups, words), np.tile([-1.0, 2.0], (len(scored), 1))
 
 
 def planted(count: int, share: float, seed: int) -> tuple[list[Example], np.ndarray, dict[str, str]]:
@@ -263,21 +273,20 @@ def test_a_real_pass_is_what_single_questions_say(model: Deployed, tmp_path: Pat
     # Equal prompts share their samples, and other prompts have others.
     assert found.samples[0] == found.samples[2] and len(set(found.samples)) == 4
     for row, example in enumerate(EXAMPLES):
-        asked = [alone(model, question.prompt, "ABC") for question in questions(example, SHORT)]
         expected = np.zeros((2, 3))
-        for number, letters in enumerate(asked):
-            for letter, option in enumerate(ORDERS[number % 3]):
-                expected[number // 3, option] += letters[letter] / 3
+        for number, own in enumerate(questions(example, SHORT)):
+            for order, one in zip([(0, 1, 2), (1, 2, 0), (2, 0, 1)], own, strict=True):
+                expected[number, list(order)] += alone(model, one.prompt, "ABC") / 3
         np.testing.assert_allclose(found.options[row], expected, atol=1e-5)
         for sample, value in zip(found.samples[row], found.similarities[row], strict=True):
             own = final_answer(sample)
             if not own:
                 assert np.isnan(value)
                 continue
-            prompt = questions(example, dataclasses.replace(SHORT, reflection_templates=("{prompt}{answer}{options}",)))
-            text = str(prompt[0].prompt).partition(f"{example.response}A: ")[0]
+            text = plain_text(example.prompt)
             pairs = (example.response, own), (own, example.response)
-            yes = [alone(model, f"{text}: {a} or {b}", ("Yes", "No"))[0] for a, b in pairs]
+            ends = ("A: Yes\nB: No", 0), ("A: No\nB: Yes", 1)
+            yes = [alone(model, f"{text}: {a} or {b}\n{end}", "AB")[i] for a, b in pairs for end, i in ends]
             assert value == pytest.approx(1 - np.mean(yes), abs=1e-5)
     # The study's longest bucket cuts nothing here.
     wide = dataclasses.replace(model, engine=dataclasses.replace(model.engine, buckets=(64,)))
@@ -296,8 +305,8 @@ def test_a_killed_pass_goes_on_to_the_same_numbers(tmp_path: Path, monkeypatch: 
     respondent = Toy(right, 0.5)
     stages: list[tuple[str, int, int]] = []
     whole = confidence(respondent, examples, SHORT, tmp_path / "whole", lambda *step: stages.append(step))
-    assert [name for name, done, of in stages if done == of] == ["likelihood", "reflection", "samples", "contradiction"]
-    assert len(stages) == 4 * 3 and len(set(whole.value.tolist())) > 3
+    assert [name for name, done, of in stages if done == of] == ["samples", "questions"]
+    assert len(stages) == 2 * 3 and len(set(whole.value.tolist())) > 3
     for stop in range(1, len(stages) + 1):
         done = []
 
@@ -350,7 +359,7 @@ def test_written_reflections_are_searched_for_the_option() -> None:
             return [[Reply(text, True)] for text in texts]
 
     config = dataclasses.replace(SHORT, reflection="text", reflection_max_new_tokens=99, stop=("\n",))
-    found = reflect(Writer({}, 0), [Example("a", "p", "r"), Example("b", "p", "r")], config)
+    found = written(Writer({}, 0), [Example("a", "p", "r"), Example("b", "p", "r")], config)
     np.testing.assert_array_equal(found @ [1, 0, 0.5], [[1, 0], [0.5, 0.5]])
 
 
@@ -386,13 +395,30 @@ def test_an_answer_without_confidence_is_not_given(tmp_path: Path) -> None:
     assert found.texts == ("yes", "yes") and found.given(0.1) == (None, None)
 
 
+def test_answers_that_cannot_be_asked_about_are_not_given(model: Deployed, tmp_path: Path) -> None:
+    # Prompt and answer fit, but no question with them does.
+    config = dataclasses.replace(SHORT, reflection_templates=("x" * 240 + "{prompt} {answer}\n{options}",))
+    found = answer(ModelRespondent(model, "f", config, seed=3), EXAMPLES[:2], config, tmp_path)
+    assert any(found.texts) and found.given(0.1) == (None, None)
+    np.testing.assert_array_equal(found.confidence, [0, 0])
+
+
+def test_what_the_questions_say_decides_what_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    examples, _, right = planted(10, 0.2, 1)
+    first = confidence(Toy(right, 0.5), examples, SHORT, tmp_path)
+    monkeypatch.setattr("duet_jax.curation.reflection.READ", "Choose.\n")
+    monkeypatch.setattr(Toy, "options", lambda self, asked, groups, words: np.tile([0.5, 0.3, 0.2], (len(asked), 1)))
+    second = confidence(Toy(right, 0.5), examples, SHORT, tmp_path)
+    assert len(list(tmp_path.glob("questions-*"))) == 2 and not np.array_equal(first.reflection, second.reflection)
+
+
 def test_another_response_is_compared_with_the_same_samples(tmp_path: Path) -> None:
     examples, _, right = planted(10, 0.2, 1)
     first = confidence(Toy(right, 0.5), examples, SHORT, tmp_path)
     edited = [dataclasses.replace(examples[0], response="w9"), *examples[1:]]
     second = confidence(Toy(right, 0.5, seed=1), edited, SHORT, tmp_path)
     assert second.samples == first.samples and len(list(tmp_path.glob("samples-*"))) == 1
-    assert len(list(tmp_path.glob("reflection-*"))) == 2
+    assert len(list(tmp_path.glob("questions-*"))) == 2
 
 
 def test_what_is_too_long_has_no_confidence_and_ends_nothing(model: Deployed, tmp_path: Path) -> None:
@@ -413,7 +439,7 @@ def test_what_is_too_long_has_no_confidence_and_ends_nothing(model: Deployed, tm
     for change in ({"max_new_tokens": 110, "beta": 1.0}, {"reflection": "text", "reflection_max_new_tokens": 100}):
         assert not askable(respondent, example, dataclasses.replace(SHORT, **change)).any()
     # What is scored is not cut either.
-    assert np.isnan(respondent.log_probs([Example("x", "p" * 200, "r" * 100)])).all()
+    assert np.isnan(respondent.read([], [], "AB", [Example("x", "p" * 200, "r" * 100)], [0])[1]).all()
 
 
 def test_lengths_are_counted_in_chunks(model: Deployed, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -461,11 +487,15 @@ def test_mistakes_are_named_before_anything_is_computed(model: Deployed, tmp_pat
 
     with pytest.raises(DataError, match="example 'x' has no response"):
         run(Example("x", "p", ""))
-    message = "no question about any of 1 examples, such as 'x', fits into the 256 tokens that the model takes"
-    with pytest.raises(DataError, match=message):
-        run(Example("x", "p" * 256, "r"))
-    with pytest.raises(DataError, match=message):
-        run(Example("x", "p" * 60, "r"), max_new_tokens=200)
+    long = Example("x", "p" * 60, "r")
+    for found in (run(Example("x", "p" * 256, "r")), run(long, max_new_tokens=200)):
+        assert found.samples == ((),) and not found.asked.any()
+        shapes = {"similarities": (1, 3), "matches": (1, 3), "options": (1, 2, 3)}
+        for name, values in found._asdict().items():
+            assert name in ("samples", "asked") or (values.shape == shapes.get(name, (1,)) and np.isnan(values).all())
+        message = "no question about any of 1 examples, such as 'x', fits into the 256 tokens that the model takes"
+        with pytest.raises(DataError, match=message):
+            require_asked([long], found, 256)
     config = dataclasses.replace(SHORT, max_new_tokens=200)
     with pytest.raises(
         DataError, match="'x': its prompt of 62 tokens and an answer of up to 200 are more than the 256"
@@ -473,7 +503,7 @@ def test_mistakes_are_named_before_anything_is_computed(model: Deployed, tmp_pat
         answer(ModelRespondent(model, "f", config, seed=0), [Example("x", "p" * 60, "")], config, tmp_path)
     assert not list(tmp_path.rglob("*.json"))
     with pytest.raises(ModelError, match="random cannot choose between Yes, Yonder: .* must all differ"):
-        ModelRespondent(model, "f", SHORT, 0).options([EXAMPLES[0]], [0], ("Yes", "Yonder"))
+        ModelRespondent(model, "f", SHORT, 0).read([EXAMPLES[0]], [0], ("Yes", "Yonder"))
 
 
 @pytest.mark.parametrize(

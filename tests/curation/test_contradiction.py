@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from duet_jax import models
 from duet_jax._confidence_config import CONTRADICTION
 from duet_jax.config import ConfidenceConfig
-from duet_jax.curation.contradiction import Pair, build_contradiction, outside, parts_of, question
+from duet_jax.curation.contradiction import Pair, build_contradiction, outside, parts_of, questions
 from duet_jax.curation.respondent import Respondent
 from duet_jax.data import Example
 from duet_jax.data.characters import CharacterTokenizer
@@ -155,12 +155,25 @@ def test_the_model_itself_says_yes_or_no() -> None:
         def sizes(self, examples: Sequence[Example]) -> list[int]:
             return [len(str(example.prompt)) for example in examples]
 
-        def options(self, questions: Sequence[Example], groups: Sequence[int], words: Sequence[str]) -> np.ndarray:
-            assert words == ("Yes", "No") and list(groups) == [0, 0]
+        def read(
+            self, questions: Sequence[Example], groups: Sequence[int], words: Sequence[str], *scored: Sequence
+        ) -> tuple[np.ndarray, np.ndarray]:
+            assert not any(scored)
+            assert words == ("A", "B", "C") and list(groups) == [0] * 4
             assert max(self.sizes(questions)) <= self.longest
-            yes = np.array([0.9 if "First answer: a" in str(question.prompt) else 0.2 for question in questions])
-            return np.stack([yes, 1 - yes], axis=1)
+            # Half of what it says is a liking for the letter A, and a tenth is of C, at which nothing stands.
+            found = []
+            for question in questions:
+                text = str(question.prompt)
+                yes = 0.8 if "First answer: a" in text else 0.2
+                first = yes if "A: Yes" in text else 1 - yes
+                found.append([0.9 * (0.5 + first / 2), 0.9 * (1 - first) / 2, 0.1])
+            return np.array(found), np.zeros((0, 2))
 
     found = build_contradiction(ConfidenceConfig(), Sayer())  # type: ignore[arg-type]
-    np.testing.assert_allclose(found.function([pair("a", "b"), pair("b", "a"), pair("a" * 200, "b")]), [0.9, 0.2, NAN])
-    assert "Question: why?\n" in str(question(pair("a", "b"), CONTRADICTION).prompt)
+    # In the mean over both orders the liking cancels: (.5 + .8 / 2 + .8 / 2) / 2 = .65.
+    np.testing.assert_allclose(
+        found.function([pair("a", "b"), pair("b", "a"), pair("a" * 200, "b")]), [0.65, 0.35, NAN]
+    )
+    both = [str(question.prompt) for question in questions(pair("a", "b"), CONTRADICTION)]
+    assert both[0].startswith("why?\n") and [text[-13:] for text in both] == ["\nA: Yes\nB: No", "\nA: No\nB: Yes"]

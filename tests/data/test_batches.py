@@ -121,3 +121,13 @@ def test_forward_batches_pad_less_than_those_of_training():
     forward = sum(length * size for length, size, _ in plan_forward(lengths, BUCKETS, 8))
     training = sum(length * 8 for length, _ in plan_batches(lengths, BUCKETS, 8))
     assert forward < 1.15 * lengths.sum() < training
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(lengths=lengths_lists, batch_size=st.integers(1, 9), multiple=st.integers(1, 8))
+def test_forward_batches_are_shared_evenly_by_devices(lengths, batch_size, multiple):
+    plan = plan_forward(lengths, BUCKETS, batch_size, multiple)
+    assert sorted(i for _, _, rows in plan for i in rows.tolist()) == list(range(len(lengths)))
+    for length, size, rows in plan:
+        assert size % multiple == 0 and len(rows) <= size
+        assert size * length <= 32 * batch_size or size == multiple

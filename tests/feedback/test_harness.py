@@ -228,10 +228,11 @@ def test_rolling_windows_predict_every_token_once(tiny):
 def test_choices_of_one_token_share_a_row_and_rounds_compile_nothing(tiny):
     from duet_jax.feedback.harness import scoring
 
-    compiled, rows = scoring.make_score(CONFIG, tiny.engine.compute_dtype), []
+    compiled, rows = scoring.make_score(CONFIG, tiny.engine.compute_dtype, None), []
     pairs = [([1, 5 + i], [7, choice]) for i in range(4) for choice in (8, 9, 10, 11)]
     scoring.score_continuations(tiny, pairs, 4)
     before = compiled._cache_size()
+    assert before
     original = scoring.gather_batch
 
     def counted(encoded, chosen, *rest):

@@ -389,7 +389,7 @@ import dataclasses, importlib.util, jax, numpy as np
 assert len(jax.devices()) == 4
 spec = importlib.util.spec_from_file_location("shared", {__file__!r})
 t = importlib.util.module_from_spec(spec); spec.loader.exec_module(t)
-mesh = jax.make_mesh((4,), ("data",))
+mesh = jax.make_mesh((4,), ("data",), (jax.sharding.AxisType.Auto,))
 kind = dataclasses.replace(t.FULL, mesh=mesh)
 params, lora, tokens, weights = t.inputs(kind)
 tokens, weights = (np.concatenate([x, x[:2]]) for x in (tokens, weights))
@@ -401,7 +401,8 @@ sums = kind.second_moments()(params, lora, tokens[:4], weights[:4]).values["down
 found = {{"values": out.values, "losses": out.losses, "sums": sums}}
 np.savez({str(tmp_path / "found.npz")!r}, **found)
 """
-    environment = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=4"
+    environment = {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | environment)
     found = np.load(tmp_path / "found.npz")
     rows = np.array([*range(ROWS), 0, 1])

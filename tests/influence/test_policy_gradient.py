@@ -287,10 +287,11 @@ spec = importlib.util.spec_from_file_location("shared", {__file__!r})
 t = importlib.util.module_from_spec(spec); spec.loader.exec_module(t)
 point, (samples, chosen), folder = t.tiny(), t.some(0), pathlib.Path({str(tmp_path)!r})
 one = t.rows_of(point, folder / "one", chosen, samples)
-spread = dataclasses.replace(point.gradients, mesh=jax.make_mesh((4,), ("data",)))
+spread = dataclasses.replace(point.gradients, mesh=jax.make_mesh((4,), ("data",), (jax.sharding.AxisType.Auto,)))
 t.close(t.rows_of(dataclasses.replace(point, gradients=spread), folder / "four", chosen, samples), one)
 """
-    environment = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=4"
+    environment = {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | environment)
 
 

@@ -173,7 +173,7 @@ t.build(Path(sys.argv[2]), t.HEADER)
 def start_child(folder: Path, devices: int) -> subprocess.Popen:
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": os.environ["XLA_FLAGS"] + f" --xla_force_host_platform_device_count={devices}",
     }
     command = [sys.executable, "-c", CHILD, str(Path(__file__).parent), str(folder)]
     child = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

@@ -137,7 +137,8 @@ found = jax.jit(lambda i: words(3, stream("o", 4), i))(index)
 assert len(found.sharding.device_set) == 4
 print(zlib.crc32(bytes(jax.device_get(found))))
 """
-    environment = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=4"
+    environment = {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ | environment
     )

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-# The last one: two such compilers may run at a time, as no TPU is opened.
-ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+# The third: two such compilers may run at a time, as no TPU is opened. The last: they compile as users' do.
+ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "XLA_FLAGS": ""}
 
 
 @pytest.mark.slow

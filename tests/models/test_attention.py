@@ -1,5 +1,7 @@
 """Attention in blocks against a masked softmax in NumPy and the derivative that JAX finds of it."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,18 +26,33 @@ def whole(q, k, v, window):
     k, v = (jnp.repeat(x, group, axis=2) for x in (k, v))
     scores = jnp.einsum("btnh,bsnh->bnts", q, k) / np.sqrt(q.shape[-1])
     distance = np.arange(q.shape[1])[:, None] - np.arange(q.shape[1])[None]
-    visible = (distance >= 0) & (distance < (window or q.shape[1]))
+    visible = (distance >= 0) & (distance < window)
     return jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(jnp.where(visible, scores, -jnp.inf)), v)
+
+
+def pulled(attend, d, given):
+    """Values of attention, and its derivatives along `d`."""
+    values, pull = jax.vjp(attend, *given)
+    return values, pull(d)
+
+
+@partial(jax.jit, static_argnums=2)
+def found(d, given, window):
+    return pulled(lambda *x: causal_attention(*x, window), d, given)
+
+
+@jax.jit
+def expected(d, given, window):
+    return pulled(lambda *x: whole(*x, window), d, given)
 
 
 @pytest.mark.parametrize("window", [None, 1, 4, 100])
 @pytest.mark.parametrize("length", [*LENGTHS[:-1], pytest.param(LENGTHS[-1], marks=pytest.mark.slow)])
 def test_values_and_derivatives_are_those_of_a_masked_softmax(length, window):
     given, d = factors(length), jax.random.normal(jax.random.key(7), (2, length, 4, 8))
-    found, pull = jax.vjp(lambda *x: causal_attention(*x, window), *given)
-    expected, pull_expected = jax.vjp(lambda *x: whole(*x, window), *given)
-    np.testing.assert_allclose(found, expected, atol=2e-6)
-    for one, two in zip(pull(d), pull_expected(d), strict=True):
+    (values, derivatives), (wanted, wanted_derivatives) = found(d, given, window), expected(d, given, window or length)
+    np.testing.assert_allclose(values, wanted, atol=2e-6)
+    for one, two in zip(derivatives, wanted_derivatives, strict=True):
         np.testing.assert_allclose(one, two, atol=2e-5)
 
 
@@ -52,17 +69,18 @@ def test_one_query_after_another_over_a_cache_is_the_same():
 
 def test_large_scores_neither_overflow_nor_lose_their_order():
     q, k, v = factors(70)
-    found, pull = jax.vjp(lambda q: causal_attention(1e4 * q, k, v), q)
-    np.testing.assert_allclose(found, whole(1e4 * q, k, v, None), atol=1e-5)
-    assert np.isfinite(pull(jnp.ones_like(found))[0]).all()
+    given = 1e4 * q, k, v
+    values, derivatives = found(jnp.ones_like(q), given, None)
+    np.testing.assert_allclose(values, expected(jnp.ones_like(q), given, 70)[0], atol=1e-5)
+    assert np.isfinite(derivatives[0]).all()
 
 
 def test_bfloat16_is_as_close_as_its_rounding():
     exact = factors(150)
     rough = [x.astype(jnp.bfloat16) for x in exact]
-    found = causal_attention(*rough)
-    assert found.dtype == jnp.bfloat16
-    np.testing.assert_allclose(found.astype(np.float32), whole(*exact, None), atol=0.03)
+    values = causal_attention(*rough)
+    assert values.dtype == jnp.bfloat16
+    np.testing.assert_allclose(values.astype(np.float32), whole(*exact, 150), atol=0.03)
 
 
 @pytest.mark.slow

@@ -237,7 +237,7 @@ import sys
 sys.path.insert(0, sys.argv[1])
 import jax, numpy as np
 import test_generate as t
-mesh = jax.make_mesh((4,), ("data",))
+mesh = jax.make_mesh((4,), ("data",), (jax.sharding.AxisType.Auto,))
 params, given = t.network(8.0), t.prompts(11)
 one = t.run(params, given, samples=3, rows=8, stop_strings=("ab",))
 many = t.run(params, given, samples=3, rows=8, stop_strings=("ab",), mesh=mesh)

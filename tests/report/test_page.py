@@ -17,7 +17,7 @@ from duet_jax import recall
 from duet_jax.errors import StudyError
 from duet_jax.report import figures, surrogate, write_report
 from duet_jax.report.surrogate import believe
-from duet_jax.search import Choice, Constraints, Number, Search, Subset
+from duet_jax.search import Choice, Constraints, Number, Scores, Search, Subset
 from duet_jax.search.diagnostics import Effects, LeftOut, Report, diagnose
 from duet_jax.study import Study
 
@@ -69,6 +69,8 @@ def make_study(folder: Path, told: int, *, names: tuple[str, ...] = NAMES, waiti
 
 class Stand:
     """Stands in for the search where its numbers do not matter: the mean of the two nearest observations."""
+
+    feedback = Scores()
 
     def __init__(self, **_: object):
         pass

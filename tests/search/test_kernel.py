@@ -35,6 +35,7 @@ def test_all_pairs_at_once_equal_tinygp_pair_by_pair():
 def test_gradients_are_finite_where_points_coincide():
     points = jnp.concatenate([features(3, 0)] * 2)
 
+    @jax.jit
     def total(inverse):
         return jnp.sum(jnp.cos(jnp.arange(36.0)).reshape(6, 6) * kernel.Matern52(inverse)(points))
 
@@ -53,6 +54,7 @@ def test_differences_are_linear_functionals():
     def inputs(at, against=None):
         return Inputs(at, at[:, :1], jnp.ones(len(at)), against)
 
+    @jax.jit
     def covariance(a, b):
         return kernel.covariance(plain, jnp.asarray(1.5), jnp.asarray(0.2), a, b)
 

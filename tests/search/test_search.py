@@ -187,7 +187,8 @@ assert state.mixtures.devices() == {jax.devices()[0]}, state.mixtures.devices()
 assert one.tolist() == two.tolist() and state.mixtures.dtype == np.float64
 assert jax.numpy.ones(1).dtype == np.float32
 """
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=2"
+    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
 
 

@@ -370,5 +370,12 @@ def test_duet_select_by_davir(tmp_path: Path) -> None:
     table = pyarrow.parquet.read_table(tmp_path / "out" / "scores.parquet").to_pydict()
     best = np.argsort(-np.array(table["utility"]))[:16]
     assert set(np.flatnonzero(table["selected"])) == set(best)
+    # What the utilities are made of stands beside them, and is there of a finished selection, too.
+    base, reference = np.array(table["base_loss"]), np.array(table["reference_loss"])
+    np.testing.assert_allclose((base - reference) / base, table["utility"], rtol=1e-12)
+    # So many tokens are left after the prompt.
+    assert set(table["response_tokens"]) == {4} and cli.main(words) == 0
+    again = pyarrow.parquet.read_table(tmp_path / "out" / "scores.parquet").to_pydict()
+    assert again == table
     log = json.loads((tmp_path / "out" / "selection.json").read_text())["log"]
     assert any(line.startswith("reference after epoch 2 of 2: mean loss a token") for line in log)

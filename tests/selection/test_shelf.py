@@ -20,7 +20,7 @@ from duet_jax.config import SelectorConfig, TrainingConfig
 from duet_jax.data import Encoded, join
 from duet_jax.errors import ConfigError, DataError
 from duet_jax.models import llama
-from duet_jax.selection import Pool, choose, el2n, passes, score
+from duet_jax.selection import Pool, choose, el2n, passes, score, score_with_details
 from duet_jax.selection.losses import Losses, base_losses
 from duet_jax.training.sft import Trainer
 
@@ -100,8 +100,9 @@ def test_both_ends_of_a_band_are_in_it(pool: Pool, tmp_path: Path, monkeypatch: 
 def test_bands_read_the_losses_that_other_selectors_keep(pool: Pool, tmp_path: Path) -> None:
     means = base_losses(pool, join(pool.train), tmp_path).means
     without_model = dataclasses.replace(pool, trainer=dataclasses.replace(pool.trainer, load_base=None))
-    found = score(without_model, SelectorConfig(kind="loss_band", low=0.0, high=0.1), tmp_path)
+    found, details = score_with_details(without_model, SelectorConfig(kind="loss_band", low=0.0, high=0.1), tmp_path)
     np.testing.assert_array_equal(found[0], means[:60] <= np.quantile(means[:60], 0.1))
+    np.testing.assert_array_equal(details["base_loss"] / details["response_tokens"], means)
 
 
 EL2N = SelectorConfig(kind="el2n", warmup_epochs=4, warmup_examples=80)

@@ -481,6 +481,34 @@ def test_every_batch_size_that_is_searched_must_divide_the_candidates() -> None:
         configs.from_dict(whole)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"budget": 15}, r"budget is 15; it must be at least training.online.candidates \(16\)"),
+        (
+            {"search": {"fidelity": {"field": "budget", "levels": [8, 64]}}},
+            r"search.fidelity.levels.0 is 8; it must be at least training.online.candidates \(16\)",
+        ),
+    ],
+)
+def test_a_round_has_a_step_of_candidates_at_least(changes: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        configs.from_dict(study(**changes))
+    whole = study(budget=16, search={"fidelity": {"field": "training.epochs", "levels": [1, 2]}})
+    whole["training"]["epochs"] = 2
+    configs.from_dict(whole)
+
+
+def test_fewer_examples_than_candidates_are_refused_before_there_is_a_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = study(budget=512)
+    whole["training"]["online"] = {"candidates": 256}
+    monkeypatch.setattr(job, "load", None)
+    with pytest.raises(ConfigError, match="candidates is 256, but the domains have 216 training examples in all"):
+        job.prepare(configs.from_dict(whole), tmp_path, lambda line: None)
+
+
 def test_online_selection_is_for_studies(tmp_path: Path) -> None:
     whole = study()
     for name in ("budget", "rounds", "task"):

@@ -1,0 +1,98 @@
+"""Arrays put where `rules` says; without a mesh, every function here leaves its program as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax import Array
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from duet_jax.distributed import rules
+
+
+def row_parts(mesh: Mesh | None) -> int:
+    """Devices that have rows of their own in every batch; its size should be a multiple of it."""
+    return 1 if mesh is None else rules.row_count(mesh, mesh.size)
+
+
+def place(mesh: Mesh | None, tree: Any) -> Any:
+    """Parameters, adapters or optimiser state on the devices; those that lie there already are not copied.
+
+    Raises:
+      ValueError: the mesh's axes are not left to the compiler.
+    """
+    if mesh is not None and any(kind != AxisType.Auto for kind in mesh.axis_types):
+        raise ValueError(f"The mesh's axes are {mesh.axis_types}; all must be Auto, as those of make_mesh are.")
+    return tree if mesh is None else jax.device_put(tree, rules.shardings(mesh, tree))
+
+
+def place_copied(mesh: Mesh | None, tree: Any) -> Any:
+    """Arrays whole on every device."""
+    return tree if mesh is None else jax.device_put(tree, rules.copied(mesh))
+
+
+def place_rows(mesh: Mesh | None, tree: Any) -> Any:
+    """Arrays `[rows, ...]` on the devices."""
+
+    def put(leaf: Any) -> Array:
+        assert mesh is not None
+        return jax.device_put(leaf, NamedSharding(mesh, rules.row_spec(mesh, leaf.shape[0])))
+
+    return tree if mesh is None else jax.tree.map(put, tree)
+
+
+def constrain(mesh: Mesh | None, tree: Any) -> Any:
+    """Inside a compiled function: parameters, or gradients or moments of them, where `place` puts them."""
+    return tree if mesh is None else jax.lax.with_sharding_constraint(tree, rules.shardings(mesh, tree))
+
+
+def spread(mesh: Mesh | None, tree: Any, *, at: int = 0, axes: tuple[str, ...] = rules.ROWS) -> Any:
+    """Inside a compiled function: the same arrays, their rows (the dimension `at`) over the devices."""
+
+    def constrain(leaf: Array) -> Array:
+        assert mesh is not None
+        spec = rules.row_spec(mesh, leaf.shape[at], at=at, axes=axes)
+        return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, spec))
+
+    return tree if mesh is None else jax.tree.map(constrain, tree)
+
+
+def embed(mesh: Mesh | None, table: Array, tokens: Array) -> Array:
+    """Rows `[B, T, D]` of a table `[V, D]`, in their places as activations.
+
+    The table's features lie on the devices of `fsdp`, and so do rows of the batch: every device looks up its features
+    of all their rows, and the devices swap those, rather than that each gathers the table.
+    """
+    if mesh is None:
+        return table[tokens]
+    tokens = spread(mesh, tokens, axes=("data",))
+    where = rules.looked_up_spec(mesh, tokens.shape[0], table.shape[1])
+    return spread(mesh, jax.lax.with_sharding_constraint(table[tokens], NamedSharding(mesh, where)))
+
+
+def map_rows(mesh: Mesh | None, run: Callable[..., Any], rows: tuple[Any, ...], whole: tuple[Any, ...] = ()) -> Any:
+    """`run(*rows, *whole)`, on every device for its own rows: what sorts or loops over them is not torn apart.
+
+    Rows go over all axes of the mesh, over `tensor` too. A loop then may take as many turns as a device's rows need:
+    no other device waits for it in the middle.
+
+    Args:
+      mesh: None for one device.
+      run: gives arrays with a leading axis, of rows or of one entry, which are put together along it.
+      rows: trees of arrays `[rows, ...]`, all with the same number of them.
+      whole: trees of arrays that every device is given whole.
+    """
+    if mesh is None:
+        return run(*rows, *whole)
+    own = rules.row_spec(mesh, jax.tree.leaves(rows)[0].shape[0], axes=rules.ALL_ROWS)
+    mapped = jax.shard_map(
+        run,
+        mesh=mesh,
+        in_specs=(*(own for _ in rows), *(PartitionSpec() for _ in whole)),
+        out_specs=own,
+        # What starts as the same zeros everywhere may come to differ: not an error here.
+        check_vma=False,
+    )
+    return mapped(*rows, *whole)

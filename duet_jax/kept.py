@@ -1,0 +1,61 @@
+"""The models of a study that are on disk: checkpoints of its trials, and exports for somebody else to score.
+
+    checkpoints/NNNN          of a trial
+    checkpoints/NNNN-C        of its claim number C, where workers share the study
+    checkpoints/NNNN-target   of a training at the target fidelity of what the trial tried at a lower one
+    exports/NNNN              a Hugging Face folder that waits to be scored
+
+Each claim of a trial has a folder of its own, which begins as the one before it: a worker that was taken for dead and
+still writes cannot touch it.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from duet_jax.study import Study
+from duet_jax.trial import Trial
+
+
+def checkpoints(study: Study, trial: Trial) -> Path:
+    """Checkpoints of a trial under its present claim."""
+    return _of_claim(study, trial, trial.claim)
+
+
+def target_checkpoints(study: Study, trial: Trial) -> Path:
+    """Checkpoints of a training at the target fidelity."""
+    return study.folder / "checkpoints" / f"{trial.trial:04d}-target"
+
+
+def export(study: Study, number: int) -> Path:
+    """The exported model of a trial."""
+    return study.folder / "exports" / f"{number:04d}"
+
+
+def inherit(study: Study, trial: Trial) -> None:
+    """Gives a claim that was just made what the one before it left; for its holder alone to call."""
+    for claim in reversed(range(trial.claim)):
+        left = _of_claim(study, trial, claim)
+        if left.exists():
+            left.rename(checkpoints(study, trial))
+            return
+
+
+def forget(study: Study, told: Sequence[Trial], keep: int | None) -> None:
+    """Removes the models of trials that are through, but the checkpoints of trial `keep`.
+
+    Any of them can be trained again to the same bits. What was told from outside while a worker trains it keeps its
+    checkpoints, into which that worker still writes.
+    """
+    for trial in told:
+        shutil.rmtree(export(study, trial.trial), ignore_errors=True)
+        if trial.trial != keep and trial.training is not None:
+            of_claims = (study.folder / "checkpoints").glob(f"{trial.trial:04d}-*")
+            for folder in (_of_claim(study, trial, 0), *of_claims):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _of_claim(study: Study, trial: Trial, claim: int) -> Path:
+    return study.folder / "checkpoints" / (f"{trial.trial:04d}" + (f"-{claim}" if claim else ""))
