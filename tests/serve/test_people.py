@@ -99,8 +99,11 @@ def test_a_panel_of_known_bias_and_noise_finds_the_best_mixture(tmp_path, people
         client.post(f"/api/conversations/{conversation}/ratings", json=vote).raise_for_status()
         done: set[int] = set()
         while run.is_alive():
-            for trial in study.trials():
-                if trial.status == "pending" and trial.stage == "trained" and trial.trial not in done:
+            trials = study.trials()
+            ready = [t for t in trials if (t.status, t.stage) == ("pending", "trained") and t.trial not in done]
+            # Nobody rates one before the next is there, so that two are open at once.
+            if len(ready) == 2 or len(trials) == 7:
+                for trial in ready:
                     rate(client, tokens, trial, rng, bias)
                     done.add(trial.trial)
             time.sleep(0.2)
@@ -110,8 +113,7 @@ def test_a_panel_of_known_bias_and_noise_finds_the_best_mixture(tmp_path, people
     told = study.trials()
     assert [trial.status for trial in told] == ["completed"] * 7 and result.waiting == ()
     assert all(sum(trial.feedback["ratings"]) >= 24 for trial in told)
-    # Two were open at once, and so the third was proposed when only one had been told.
-    assert told[2].times["proposed"] < max(told[0].times["told"], told[1].times["told"])
+    assert told[1].times["proposed"] < told[0].times["told"]
     assert result.mixture is not None
     reached = kindness(result.mixture["A"])
     assert reached > 4.5 - 0.25 and reached > kindness(0.5)
