@@ -8,8 +8,9 @@ jaxlib still has the older emitters, they write the loops of programs in a quart
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
+from typing import Any
 
 FLAGS = ["--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1"]
 if version("jaxlib").startswith("0.10."):
@@ -43,3 +44,19 @@ def forget_programs() -> Iterator[None]:
     """Each compiled program holds some of the mappings that a process may have; those of all tests are too many."""
     yield
     jax.clear_caches()
+
+
+def _arrays(jaxpr: Any) -> Iterator[Any]:
+    for equation in jaxpr.eqns:
+        yield from (variable.aval for variable in equation.outvars)
+        for value in equation.params.values():
+            for inner in value if isinstance(value, tuple | list) else [value]:
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    yield from _arrays(inner)
+
+
+@pytest.fixture
+def arrays() -> Callable[[Any], Iterator[Any]]:
+    """Gives shape and type of every array that a program makes, in its inner programs too."""
+    return _arrays

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -328,18 +327,7 @@ def test_losses_are_kept_by_model_and_examples(pool: Pool, tmp_path: Path, monke
             losses(pool, examples, BASE, None, identity, tmp_path, "base")
 
 
-def arrays(jaxpr: Any) -> Iterator[Any]:
-    """Every array that a program makes, in its inner programs too."""
-    for equation in jaxpr.eqns:
-        yield from (variable.aval for variable in equation.outvars)
-        for value in equation.params.values():
-            for inner in value if isinstance(value, tuple | list) else [value]:
-                inner = getattr(inner, "jaxpr", inner)
-                if hasattr(inner, "eqns"):
-                    yield from arrays(inner)
-
-
-def test_no_logits_of_all_tokens_are_made() -> None:
+def test_no_logits_of_all_tokens_are_made(arrays: Any) -> None:
     rows, length, vocabulary = 16, 128, 1000
     config = dataclasses.replace(MODEL, vocab_size=vocabulary, max_length=length)
     tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)

@@ -246,17 +246,7 @@ def test_a_stopped_training_ends_with_the_same_bits(
         run(subject, data, reference + 1, rows, folder=tmp_path / "c")
 
 
-def largest(jaxpr: Any) -> int:
-    """Elements of the largest array that a program computes, in whatever part of it."""
-    sizes = [variable.aval.size for equation in jaxpr.eqns for variable in equation.outvars]
-    for equation in jaxpr.eqns:
-        for value in jax.tree.leaves(tuple(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
-            inner = getattr(value, "jaxpr", value)
-            sizes += [largest(inner)] if hasattr(inner, "eqns") else []
-    return max(sizes, default=0)
-
-
-def test_memory_does_not_grow_with_the_candidates() -> None:
+def test_memory_does_not_grow_with_the_candidates(arrays: Any) -> None:
     params = llama.init(MODEL, key=jax.random.key(0))
 
     def program(candidates: int) -> Any:
@@ -269,7 +259,7 @@ def test_memory_does_not_grow_with_the_candidates() -> None:
         )
         return jax.make_jaxpr(lambda *x: online.choose(settings, MODEL, params, None, *x, jnp.float32))(*arguments)
 
-    few, many = (largest(program(candidates).jaxpr) for candidates in (8, 128))
+    few, many = (max(aval.size for aval in arrays(program(count).jaxpr)) for count in (8, 128))
     # The head takes 256 tokens at a time. All candidates' hidden states would be 16384 numbers.
     assert few == many == 256 * 40
 

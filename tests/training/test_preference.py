@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -236,19 +235,8 @@ def test_a_stopped_training_ends_with_the_same_bits_and_compiles_nothing_new(
         fit(subject, pairs, reference - 1.0, tmp_path / "b")
 
 
-def arrays(jaxpr: Any) -> Iterator[Any]:
-    """Every array that a program makes, in its inner programs too."""
-    for equation in jaxpr.eqns:
-        yield from (variable.aval for variable in equation.outvars)
-        for value in equation.params.values():
-            for inner in value if isinstance(value, tuple | list) else [value]:
-                inner = getattr(inner, "jaxpr", inner)
-                if hasattr(inner, "eqns"):
-                    yield from arrays(inner)
-
-
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_a_step_makes_no_logits_of_all_tokens(method: str) -> None:
+def test_a_step_makes_no_logits_of_all_tokens(method: str, arrays: Any) -> None:
     rows, length, vocabulary = 8, 64, 1000
     model = dataclasses.replace(MODEL, vocab_size=vocabulary, max_length=length)
     settings = TrainingConfig(method=method, learning_rate=1.0, batch_size=rows)
