@@ -21,15 +21,21 @@ from duet_jax import __version__
 from duet_jax import config as configs
 from duet_jax._checks import nearest
 from duet_jax.errors import ConfigError, DuetError, FeedbackError, StudyError
+from duet_jax.storage import is_address
 from duet_jax.study import Study
 from duet_jax.trial import Trial, words
 
 BAD_INPUT = 2
 INTERRUPTED = 130
+TERMINATED = 143
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit status: 0, 2 for a mistake of input, 130 when interrupted."""
+    """Runs one command and returns its exit status.
+
+    That is 0, 2 for a mistake of input, 130 when interrupted, and 143 when ended by SIGTERM; see also
+    `distributed.processes`.
+    """
     parser = _parser()
     words = sys.argv[1:] if arguments is None else arguments
     # argparse takes a score such as -1e-3 for an option, unless a space comes first.
@@ -45,16 +51,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rest:
         options.overrides += rest
     try:
-        for argument in ("study", "folder"):
-            _require_folder("--study" if argument == "study" else "The study", getattr(options, argument, None))
+        for argument, name in (("folder", "The study"), ("output", "--output"), ("profile", "--profile")):
+            _require_folder(name, getattr(options, argument, None))
         options.command(options)
     except DuetError as error:
         print(f"duet: error: {error}", file=sys.stderr)
         return BAD_INPUT
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
+        # `processes.Stopped`, which is not imported here, is one of another type.
+        told = type(stop) is not KeyboardInterrupt
         hint = "; the same command goes on from here" if resumable else ""
-        print(f"duet: stopped{hint}.", file=sys.stderr)
-        return INTERRUPTED
+        print(f"duet: stopped{' by SIGTERM' if told else ''}{hint}.", file=sys.stderr)
+        return TERMINATED if told else INTERRUPTED
     return 0
 
 
@@ -70,21 +78,24 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="run a study to its last round, or continue it")
     run.add_argument("config", type=Path, metavar="CONFIG", help="YAML file; configs/ holds some to start from")
     run.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a value, as training.epochs=2")
-    run.add_argument("--study", type=Path, metavar="DIR", help="study directory (default: studies/NAME)")
+    run.add_argument(
+        "--study", type=_place, metavar="DIR", help="study directory, or s3://, gs:// or az:// (default: studies/NAME)"
+    )
     run.add_argument(
         "--feedback", choices=["people"], help="instead of its task, people rate the models: duet serve shows them"
     )
     run.add_argument("--worker", metavar="NAME", help="share the study with other processes, each under its own name")
+    _cluster_arguments(run)
     run.add_argument("--profile", type=Path, metavar="FOLDER", help="trace a few training steps by JAX's profiler")
     run.add_argument("--quiet", action="store_true", help="print nothing")
     run.set_defaults(command=_run)
 
     ask = commands.add_parser("ask", help="open a trial and print its mixture, to train it yourself")
-    ask.add_argument("folder", type=Path, metavar="DIR", help="study directory")
+    ask.add_argument("folder", type=_place, metavar="DIR", help="study directory or address")
     ask.set_defaults(command=_ask)
 
     tell = commands.add_parser("tell", help="record the feedback of a trial")
-    tell.add_argument("folder", type=Path, metavar="DIR", help="study directory")
+    tell.add_argument("folder", type=_place, metavar="DIR", help="study directory or address")
     tell.add_argument("trial", type=int, metavar="TRIAL", help="number of the trial, from 0")
     tell.add_argument("score", type=float, nargs="?", metavar="SCORE", help="its feedback, higher is better")
     tell.add_argument("--stderr", type=float, metavar="S", help="standard error of the score, if known")
@@ -96,12 +107,12 @@ def _parser() -> argparse.ArgumentParser:
     tell.set_defaults(command=_tell)
 
     info = commands.add_parser("info", help="show a study")
-    info.add_argument("folder", type=Path, metavar="DIR", help="study directory")
+    info.add_argument("folder", type=_place, metavar="DIR", help="study directory or address")
     info.add_argument("--json", action="store_true", help="print everything, for programs")
     info.set_defaults(command=_info)
 
     report = commands.add_parser("report", help="write a study as one HTML page")
-    report.add_argument("folder", type=Path, metavar="DIR", help="study directory")
+    report.add_argument("folder", type=_place, metavar="DIR", help="study directory or address")
     report.add_argument("--output", type=Path, metavar="FILE", help="(default: DIR/report.html)")
     report.set_defaults(command=_report)
 
@@ -122,6 +133,8 @@ def _parser() -> argparse.ArgumentParser:
         job.add_argument("overrides", nargs="*", metavar="key=value", help=f"replaces a value, as {example}")
         job.add_argument("--output", type=Path, metavar="DIR", help=f"where to (default: {place}/NAME)")
         job.add_argument("--quiet", action="store_true", help="print nothing")
+        if command is _select:
+            _cluster_arguments(job)
         job.set_defaults(command=command)
     _compile_arguments(commands)
 
@@ -129,6 +142,13 @@ def _parser() -> argparse.ArgumentParser:
 
     add(commands)
     return parser
+
+
+def _cluster_arguments(job: argparse.ArgumentParser) -> None:
+    where = "one run of several processes, each started so: auto on a TPU pod, under SLURM, Open MPI and Kubernetes, "
+    job.add_argument("--cluster", metavar="auto|HOST:PORT", help=f"{where}elsewhere where the first one listens")
+    job.add_argument("--processes", type=int, metavar="N", help="with HOST:PORT: how many there are")
+    job.add_argument("--process", type=int, metavar="I", help="with HOST:PORT: which one this is, from 0")
 
 
 def _compile_arguments(commands: Any) -> None:
@@ -147,21 +167,35 @@ def _run(options: argparse.Namespace) -> None:
     config = configs.load(_found(options.config), [*asked, *options.overrides])
     folder = options.study or Path("studies") / config.name
 
+    from duet_jax.distributed import processes
+
+    processes.start(options.cluster, options.processes, options.process)
+
     from duet_jax import duet
 
-    duet.run(config, folder, options.quiet, options.worker, options.profile)
+    with processes.together():
+        duet.run(config, folder, options.quiet, options.worker, options.profile)
 
 
 def _select(options: argparse.Namespace) -> None:
     config = configs.load_selection(_found(options.config), options.overrides)
 
+    from duet_jax.distributed import processes
+
+    processes.start(options.cluster, options.processes, options.process)
+
     from duet_jax.select import select
 
-    select(config, options.output or Path("selections") / config.name, options.quiet)
+    with processes.together():
+        select(config, options.output or Path("selections") / config.name, options.quiet)
 
 
 def _curate(options: argparse.Namespace) -> None:
     config = configs.load_curation(_found(options.config), options.overrides)
+
+    from duet_jax.distributed import processes
+
+    processes.start()
 
     from duet_jax.curate import curate
 
@@ -170,6 +204,10 @@ def _curate(options: argparse.Namespace) -> None:
 
 def _prefer(options: argparse.Namespace) -> None:
     config = configs.load_preference(_found(options.config), options.overrides)
+
+    from duet_jax.distributed import processes
+
+    processes.start()
 
     from duet_jax.prefer import prefer
 
@@ -258,13 +296,16 @@ def _found(path: Path) -> Path:
     raise ConfigError(f"There is no file {path}; {advice if found else 'give a YAML file.'}")
 
 
-def _require_folder(name: str, folder: Path | None) -> None:
-    """Refuses the address of a bucket, which `Path` takes for a folder, less one slash."""
-    if folder is not None and re.match(r"[A-Za-z][\w+.-]+:/", str(folder)):
+def _place(word: str) -> str | Path:
+    """A study's place: an address stays as it is, since a path would lose one slash of it."""
+    return word if is_address(word) else Path(word)
+
+
+def _require_folder(name: str, folder: str | Path | None) -> None:
+    """Refuses the address of a bucket where a path was read, which has lost one slash of it."""
+    if isinstance(folder, Path) and re.match(r"[A-Za-z][\w+.-]+:/", str(folder)):
         address = str(folder).replace(":/", "://", 1)
-        raise StudyError(
-            f"{name} is {address}; a study needs a file system with locks, so give a folder, such as one on NFS 4."
-        )
+        raise StudyError(f"{name} is {address}; this needs a file system, so give a path.")
 
 
 def _is_negative(word: str) -> bool:
@@ -294,7 +335,7 @@ def _whole(study: Study) -> dict[str, Any]:
     trials = study.trials()
     best = _best(trials)
     return {
-        "study": str(study.folder),
+        "study": study.address,
         "config": dataclasses.asdict(study.config),
         "domains": list(study.domain_names),
         "trials": [dataclasses.asdict(trial) for trial in trials],

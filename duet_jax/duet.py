@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +26,22 @@ from duet_jax import job as jobs
 from duet_jax import kept, workers
 from duet_jax.config import StudyConfig
 from duet_jax.display import Display, shares
-from duet_jax.errors import StudyError
+from duet_jax.distributed.processes import first, lead, led, require_shared, several
+from duet_jax.errors import FeedbackError, StudyError
 from duet_jax.feedback import Deployed
 from duet_jax.feedback.likelihood import response_tokens
 from duet_jax.job import Job
-from duet_jax.proposals import new_trial, next_trial
+from duet_jax.proposals import LONG_PAUSE, new_trial, next_trial
 from duet_jax.recall import at_target, make_search, recall
 from duet_jax.search import Search
+from duet_jax.storage import Folder, Place, at
 from duet_jax.study import Study
 from duet_jax.tracking import Tracking
 from duet_jax.training.sft import StepReport, Trained
 from duet_jax.trial import Trial
+from duet_jax.types import Feedback
 from duet_jax.watching import Watch, watching
+from duet_jax.workers import Worker
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,9 +67,9 @@ class Result:
 
 
 def run(
-    config: StudyConfig, folder: Path, quiet: bool = False, worker: str | None = None, profile: Path | None = None
+    config: StudyConfig, folder: Place, quiet: bool = False, worker: str | None = None, profile: Path | None = None
 ) -> Result:
-    """Runs a study to its last round, from wherever its directory stands.
+    """Runs a study to its last round, from wherever it stands.
 
     With a task of kind `external` one model is trained and exported, and the run ends: the feedback comes by
     `duet tell`, and another run trains the next one, whether or not it has come. With a task of kind `people` the run
@@ -72,26 +77,29 @@ def run(
 
     Args:
       config: the study's configuration.
-      folder: the study's directory, which may be there already.
+      folder: the study's directory, or its address in an object store; it may be there already.
       quiet: whether nothing is printed.
       worker: a name; other processes may run the study under other names at the same time. Each trains trials of its
         own, and goes on with those of workers that died. Without a name no other process may train.
       profile: folder for a trace of a few training steps, for TensorBoard's profiler.
 
     Raises:
-      StudyError: another run holds the directory, or a worker its name, or it belongs to another configuration.
+      StudyError: another run holds the directory, or a worker its name, or it belongs to another configuration, or the
+        run needs a directory and not an address.
       ConfigError, DataError, ModelError: before anything is trained.
       FeedbackError: the task could not be asked; the trained model is kept, and a new run asks again.
     """
-    study = Study.begin(folder, config)
-    held = workers.alone(study) if worker is None else workers.join(study, worker)
-    with held as me, Display(config.rounds, quiet=quiet, shared=worker is not None) as display:
+    _check_place(folder, config, worker)
+    study = _begin(folder, config)
+    display = Display(config.rounds, quiet=quiet or not first(), shared=worker is not None)
+    held = led(lambda: workers.alone(study) if worker is None else workers.join(study, worker, display.say))
+    with held as me, display:
         tracking = Tracking(study)
         job = jobs.prepare(config, study.folder, display.say, display.work)
         if config.search.repetition is not None:
-            study.note_sizes(job.sizes)
+            lead(study.note_sizes, job.sizes)
         with watching(study, display, tracking, job.trainer.compute_dtype, profile) as watch:
-            while (trial := next_trial(study, job.search, me, display)) is not None:
+            while (trial := lead(next_trial, study, job.search, me, display)) is not None:
                 try:
                     advance(job, study, trial, watch)
                 except Exception:
@@ -101,11 +109,9 @@ def run(
                     display.say(f"round {trial.trial + 1} was taken over by another worker")
                 if config.task.kind == "external":
                     break
-        told = study.completed()
-        result = best(study, job.search)
+        result = lead(_settle, study, job.search)
         if result.trial is not None:
-            kept.forget(study, told, result.trial)
-            _export_best(job, study, result.trial, display)
+            _export_best(job, study, result.trial, display, me)
             display.say(
                 f"best mixture: {shares(result.mixture or {}, result.settings)}, expected feedback "
                 f"{result.value:.4g} ± {result.stderr:.2g} (round {result.trial + 1})"
@@ -118,7 +124,43 @@ def run(
         return result
 
 
-def ask(folder: Path) -> Trial:
+def _check_place(place: Place, config: StudyConfig, worker: str | None) -> None:
+    """Raises a StudyError for a run that needs a study in a folder, and has it in an object store."""
+    storage = at(place)
+    if isinstance(storage, Folder):
+        return
+    if worker is None:
+        raise StudyError(f"{storage.address} has no locks for a run alone; give this one a name: --worker NAME.")
+    if config.task.asked_outside:
+        raise StudyError(
+            f"The models of a task of kind '{config.task.kind}' are handed over in the study's folder, which "
+            f"{storage.address} is not; give a folder that is shared."
+        )
+    if several():
+        raise StudyError(
+            f"{storage.address} has no checkpoints, which the processes of a run share; give a folder of a file system "
+            f"that they share."
+        )
+
+
+def _begin(folder: Place, config: StudyConfig) -> Study:
+    """The study as this process sees it, made by the first one if there is none."""
+    lead(lambda: Study.begin(folder, config) and None)
+    require_shared(at(folder).local / "config.yaml")
+    return Study.open(folder, config)
+
+
+def _settle(study: Study, search: Search) -> Result:
+    """The best mixture so far; the models of all other trials are removed."""
+    # Read before the best is known, so that what other workers tell meanwhile is not forgotten unseen.
+    told = study.completed()
+    result = best(study, search)
+    if result.trial is not None:
+        kept.forget(study, told, result.trial)
+    return result
+
+
+def ask(folder: Place) -> Trial:
     """Opens a new trial at the search's next mixture, for somebody else to train and tell.
 
     Mixtures of open trials are taken into account, so that several can be asked for at once.
@@ -156,11 +198,11 @@ def advance(job: Job, study: Study, trial: Trial, watch: Watch) -> None:
     with watch.tracking.trial(trial) as log:
         trial, model = train(job, study, trial, watch.steps(trial, log))
         assert trial.training is not None
-        if _closed(study, trial, "trained", display):
+        if lead(_closed, study, trial, "trained", display):
             return
         if trial.diverged:
-            study.abandon(trial, "the training loss is not finite")
-            kept.forget(study, [trial], None)
+            lead(study.abandon, trial, "the training loss is not finite")
+            lead(kept.forget, study, [trial], None)
             display.say(f"round {trial.trial + 1} is abandoned: the training loss is not finite")
             return
         if job.task is None:
@@ -169,18 +211,12 @@ def advance(job: Job, study: Study, trial: Trial, watch: Watch) -> None:
             return
         display.stage(trial.trial, "evaluating")
         feedback = job.coarse(job.task(model), trial.seeds["feedback"])
-        independent = job.config.task.kind in ("python", "command")
-        with study.editing():
-            if _closed(study, trial, "evaluated", display):
-                return
-            study.tell(trial, feedback.value, feedback.stderr, details=feedback.details, independent=independent)
+        if not lead(_tell, study, trial, feedback, display):
+            return
         # TensorBoard hides what it has from the first step that a resumed run logs: not the last one of training.
         log(trial.training["steps"] + 1, {"feedback": feedback.value, "feedback_stderr": feedback.stderr})
-    # Read before the best is known, so that what other workers tell meanwhile is not forgotten unseen.
-    told = study.completed()
-    result = best(study, job.search)
+    result = lead(_settle, study, job.search)
     assert result.trial is not None and result.value is not None
-    kept.forget(study, told, result.trial)
     display.round(
         trial,
         trial.training["loss"],
@@ -188,6 +224,18 @@ def advance(job: Job, study: Study, trial: Trial, watch: Watch) -> None:
         (result.trial, result.value),
         time.perf_counter() - began,
     )
+
+
+def _tell(study: Study, trial: Trial, feedback: Feedback, display: Display) -> bool:
+    """Records a trial's feedback, unless it has been closed."""
+    independent = study.config.task.kind in ("python", "command")
+    try:
+        study.tell(trial, feedback.value, feedback.stderr, details=feedback.details, independent=independent)
+    except FeedbackError:
+        if _closed(study, trial, "evaluated", display):
+            return False
+        raise
+    return True
 
 
 def _closed(study: Study, trial: Trial, done: str, display: Display) -> bool:
@@ -204,7 +252,8 @@ def train(job: Job, study: Study, trial: Trial, on_step: Callable[[StepReport], 
     rows, repeats, trained, model = _fit(job, trial, kept.checkpoints(study, trial), on_step)
     if trial.training is None:
         notes = _notes(job, trained, model, rows, repeats, time.perf_counter() - began)
-        trial = study.update(trial, stage="trained", training=notes)
+        trial = lead(study.update, trial, stage="trained", training=notes)
+    lead(study.share_metrics, trial)
     return trial, model
 
 
@@ -259,21 +308,23 @@ def _notes(
     }
 
 
-def _export_best(job: Job, study: Study, number: int, display: Display) -> None:
+def _export_best(job: Job, study: Study, number: int, display: Display, me: Worker | None = None) -> None:
     """Writes the best trial's model as a Hugging Face folder, training it again if its checkpoint is gone.
 
     A trial at a lower fidelity is trained anew at the target, which is what its mixture and settings are best for.
     """
-    trial, fidelity = study.trials()[number], study.config.search.fidelity
+    trial, fidelity = lead(study.trials)[number], study.config.search.fidelity
     if trial.training is None:  # asked for and trained by somebody else
         return
-    lock = filelock.FileLock(study.folder / "export.lock")
-    try:
-        held = lock.acquire(blocking=False)
-    except filelock.Timeout:
-        display.say("another worker writes the best model")
+    if study.remote and me is not None and not _is_ours(study, trial, me, display):
         return
-    with held:
+    lock = filelock.FileLock(study.folder / "export.lock")
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(led(lambda: lock.acquire(blocking=False)))
+        except filelock.Timeout:
+            display.say("another worker writes the best model")
+            return
         display.stage(number, "exporting")
         checkpoints = kept.checkpoints(study, trial)
         if fidelity is not None and trial.settings[fidelity.field] != fidelity.levels[-1]:
@@ -284,3 +335,18 @@ def _export_best(job: Job, study: Study, number: int, display: Display) -> None:
             checkpoints = kept.target_checkpoints(study, trial)
         *_, model = _fit(job, trial, checkpoints, lambda report: display.step(number, report))
         model.export(study.folder / "best_model")
+        if study.remote:
+            kept.publish(study, number)
+
+
+def _is_ours(study: Study, trial: Trial, me: Worker, display: Display) -> bool:
+    """Whether this worker publishes the best model: its machine has the checkpoints, or the one that had is gone."""
+    said = False
+    while kept.published(study) != trial.trial:
+        if kept.checkpoints(study, trial).exists() or me.gone(trial.worker):
+            return True
+        if not said:
+            display.say(f"{trial.worker}, which trained the best model, writes it; this worker waits for that")
+            said = True
+        time.sleep(LONG_PAUSE)
+    return False

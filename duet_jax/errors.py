@@ -25,3 +25,7 @@ class FeedbackError(DuetError, ValueError):
 
 class StudyError(DuetError, RuntimeError):
     """A study directory is locked, damaged or belongs to another job."""
+
+
+class Overtaken(StudyError):
+    """A trial is another worker's by now, or closed."""

@@ -26,6 +26,7 @@ import numpy as np
 from duet_jax._files import write
 from duet_jax.config import SelectConfig
 from duet_jax.data import join
+from duet_jax.distributed.processes import lead
 from duet_jax.feedback import Deployed, Task
 from duet_jax.loading import Loaded
 
@@ -100,7 +101,7 @@ class Evaluation:
         rows = np.sort(rows)
         place = self.folder / f"{name}-{_hash(self._training(rows))}"
         kept = place / f"{_hash(self.task_identity)}.json"
-        if kept.is_file():
+        if lead(kept.is_file):
             return Evaluated(**json.loads(kept.read_text(encoding="utf-8")))
         place.mkdir(parents=True, exist_ok=True)
         began = time.perf_counter()
@@ -114,7 +115,7 @@ class Evaluation:
         else:
             loss = None
         result = Evaluated(name, len(rows), steps, loss, score, stderr, details, time.perf_counter() - began)
-        write(kept, json.dumps(dataclasses.asdict(result), indent=1) + "\n")
+        lead(write, kept, json.dumps(dataclasses.asdict(result), indent=1) + "\n")
         return result
 
     def _train(self, name: str, rows: np.ndarray, folder: Path) -> tuple[int, float | None, Deployed]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from duet_jax._search_config import configured
 from duet_jax.config import StudyConfig, TrainingConfig
 from duet_jax.data import Encoded, join
 from duet_jax.distributed.place import row_parts
+from duet_jax.distributed.processes import led
 from duet_jax.errors import ConfigError, DataError, StudyError
 from duet_jax.feedback import Coarse, Engine, Task
 from duet_jax.loading import Goal, check_layers, load, load_all, load_goal
@@ -155,13 +157,7 @@ def prepare(
     reference = None
     selections.mkdir(parents=True, exist_ok=True)
     # Of workers that begin together one scores, and the others read what it kept.
-    lock = filelock.FileLock(selections / ".lock")
-    try:
-        held = lock.acquire(blocking=False)
-    except filelock.Timeout:
-        say("another worker scores the examples; this one waits for it")
-        held = lock.acquire()
-    with held:
+    with led(lambda: _only_one(selections / ".lock", say)):
         utilities = loaded.utilities(selector, goal, selections, config.seed, say, on_progress)
         if online is not None:
             pool = loaded.pool(Goal((), None), None, config.seed, say, on_progress)
@@ -192,6 +188,15 @@ def prepare(
         coarse=Coarse(feedback.noise, feedback.stars, feedback.low, feedback.high),
         search=search,
     )
+
+
+def _only_one(path: Path, say: Callable[[str], None]) -> AbstractContextManager[Any]:
+    lock = filelock.FileLock(path)
+    try:
+        return lock.acquire(blocking=False)
+    except filelock.Timeout:
+        say("another worker scores the examples; this one waits for it")
+        return lock.acquire()
 
 
 def domain_sizes(config: StudyConfig) -> dict[str, int]:

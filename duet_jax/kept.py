@@ -6,15 +6,21 @@
     exports/NNNN              a Hugging Face folder that waits to be scored
 
 Each claim of a trial has a folder of its own, which begins as the one before it: a worker that was taken for dead and
-still writes cannot touch it.
+still writes cannot touch it. Of a study in an object store they are in a folder of each machine, so a claim finds what
+earlier ones left on the same machine, and on another one nothing. The best model alone is copied into the store:
+
+    best_model/NNNN/  the Hugging Face folder of trial NNNN
+    best_model.json   which of them is the best, written when it is there as a whole
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from duet_jax.errors import StudyError
 from duet_jax.study import Study
 from duet_jax.trial import Trial
 
@@ -55,6 +61,28 @@ def forget(study: Study, told: Sequence[Trial], keep: int | None) -> None:
             of_claims = (study.folder / "checkpoints").glob(f"{trial.trial:04d}-*")
             for folder in (_of_claim(study, trial, 0), *of_claims):
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def publish(study: Study, number: int) -> None:
+    """Copies the best model, of a trial, into the study's object store."""
+    folder = study.folder / "best_model"
+    for path in sorted(folder.iterdir()):
+        study.storage.upload(path, f"best_model/{number:04d}/{path.name}")
+    study.storage.write("best_model.json", json.dumps({"trial": number}).encode())
+
+
+def published(study: Study) -> int | None:
+    """The trial whose model was copied last, None before.
+
+    Raises:
+      StudyError: best_model.json is damaged.
+    """
+    try:
+        return int(json.loads(study.storage.read("best_model.json")[0])["trial"])
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, KeyError):
+        raise StudyError(f"{study.address}/best_model.json is damaged; delete it.") from None
 
 
 def _of_claim(study: Study, trial: Trial, claim: int) -> Path:

@@ -19,6 +19,7 @@ from duet_jax.data import Domain, Encoded, Example, encode, load_domains, load_e
 from duet_jax.data.characters import CharacterTokenizer
 from duet_jax.distributed.mesh import make_mesh
 from duet_jax.distributed.place import place, row_parts
+from duet_jax.distributed.processes import SILENCE, lead, several
 from duet_jax.distributed.target import platform
 from duet_jax.errors import ConfigError, DataError
 from duet_jax.feedback import Engine
@@ -108,7 +109,8 @@ class Loaded:
             return score_with_details(self.pool(goal, asked, seed, say, on_progress), selector, folder)
         found = []
         for domain, encoded in zip(self.domains, self.train, strict=True):
-            every = load_utilities(selector.kind, domain.name, domain.train, path=selector.path, cache_folder=folder)
+            kind, path = selector.kind, selector.path
+            every = lead(load_utilities, kind, domain.name, domain.train, path=path, cache_folder=folder)
             kept = set(encoded.ids)
             found.append(every[[example.id in kept for example in domain.train]])
         return Scores(tuple(found), {})
@@ -247,7 +249,8 @@ def load(
     spread = mesh_of(mesh, devices, model, training)
     if spread is not None:
         axes = " · ".join(f"{name} {size}" for name, size in spread.shape.items())
-        say(f"mesh: {axes}, {spread.size} of {len(devices)} devices")
+        shared = f" of {jax.process_count()} processes; if one is lost, all end in {SILENCE} s" if several() else ""
+        say(f"mesh: {axes}, {spread.size} of {len(devices)} devices{shared}")
     elif len(devices) > 1:
         field = "batch_size" if training.micro_batch_size is None else "micro_batch_size"
         say(
@@ -313,7 +316,7 @@ def mesh_of(
         return None
     field = "batch_size" if training.micro_batch_size is None else "micro_batch_size"
     rows = getattr(training, field)
-    if config is None:
+    if config is None and not several():
         devices = devices[: math.gcd(len(devices), rows)]
     mesh = make_mesh(config, devices, _state_bytes(model, training), device_bytes=device_bytes)
     if rows % row_parts(mesh):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ import numpy as np
 
 from duet_jax import kept
 from duet_jax.display import Display
-from duet_jax.errors import StudyError
+from duet_jax.errors import Overtaken, StudyError
 from duet_jax.recall import recall
 from duet_jax.search import Search
 from duet_jax.search.constraints import round_counts
@@ -21,7 +22,7 @@ from duet_jax.trial import Trial
 from duet_jax.workers import Worker
 
 MOST_FAILURES = 3
-# Seconds between looks at what people rate, and at what workers do that may die: that takes the write lock.
+# Seconds between looks at what people rate, and at what workers do that may die.
 PAUSE, LONG_PAUSE = 1.0, 15.0
 
 
@@ -32,10 +33,12 @@ def next_trial(study: Study, search: Search, worker: Worker | None, display: Dis
     trials, in case they die.
 
     Raises:
-      StudyError: the last trials diverged, and the next would, too.
+      StudyError: the last trials diverged, and the next would, too; or another process goes by the worker's name.
     """
     people, said = study.config.task.people, ""
     while True:
+        if worker is not None:
+            worker.check()
         waiting, pause = "", PAUSE
         rated = [trial for trial in study.trials() if trial.status == "pending" and trial.stage == "trained"]
         if people is None or len(rated) < people.open:
@@ -79,22 +82,24 @@ def new_trial(study: Study, search: Search, stage: str, worker: Worker | None = 
         if stage == "proposed" and _all_rounds(study, trials):
             return None
         proposal = _propose(study, search, trials)
+        if list(map(_known, study.trials())) != list(map(_known, trials)):
+            continue
         try:
-            with study.editing():
-                if list(map(_known, study.trials())) == list(map(_known, trials)):
-                    return study.new_trial(**proposal, stage=stage, worker=None if worker is None else worker.name)
+            name = None if worker is None else worker.name
+            return study.new_trial(**proposal, stage=stage, worker=name, number=len(trials))
         except FileExistsError:
-            # Another host has opened it; a network's file system will list it soon.
+            # Another process has opened it; a network's file system will list it soon.
             time.sleep(PAUSE)
 
 
 def _left(study: Study, worker: Worker | None) -> Trial | None:
     """The first trial that nobody is at, claimed; a run alone claims only what workers have had."""
-    with study.editing():
-        for trial in unfinished(study):
-            if worker is None and trial.claim == 0:
-                return trial
-            if worker is None or worker.gone(trial.worker):
+    for trial in unfinished(study):
+        if worker is None and trial.claim == 0:
+            return trial
+        if worker is None or worker.gone(trial.worker):
+            # Another worker may be faster, or somebody may tell the trial.
+            with suppress(Overtaken):
                 trial = study.claim(trial, None if worker is None else worker.name)
                 kept.inherit(study, trial)
                 return trial
@@ -104,7 +109,7 @@ def _left(study: Study, worker: Worker | None) -> Trial | None:
 def _all_rounds(study: Study, trials: Sequence[Trial]) -> bool:
     if len(trials) >= MOST_FAILURES and all(trial.diverged for trial in trials[-MOST_FAILURES:]):
         raise StudyError(
-            f"The last {MOST_FAILURES} trials of {study.folder} failed ({trials[-1].error}); "
+            f"The last {MOST_FAILURES} trials of {study.address} failed ({trials[-1].error}); "
             f"lower training.learning_rate, or the range of it that is searched, and start a new study."
         )
     return sum(trial.status in ("pending", "completed") for trial in trials) >= study.config.rounds

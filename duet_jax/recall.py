@@ -79,7 +79,7 @@ def recall(search: Search, study: Study) -> tuple[Observations, list[Trial], np.
             else:
                 state = search.tell(state, mixture, float(value), error, settings=trial.settings)
         except ValueError as problem:
-            raise StudyError(f"Trial {trial.trial} of {study.folder} does not fit its study: {problem}") from None
+            raise StudyError(f"Trial {trial.trial} of {study.address} does not fit its study: {problem}") from None
     return state, told, mixtures, values
 
 

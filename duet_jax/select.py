@@ -31,6 +31,7 @@ from duet_jax.config import SelectConfig
 from duet_jax.data import Domain, Example
 from duet_jax.data.example import any_chat, as_row
 from duet_jax.display import Display
+from duet_jax.distributed.processes import first, lead, led, require_shared
 from duet_jax.errors import ConfigError
 from duet_jax.evaluate import Evaluation, choices
 from duet_jax.loading import Goal, Loaded, load, load_all, load_goal
@@ -62,9 +63,10 @@ def select(config: SelectConfig, folder: Path, quiet: bool = False) -> dict[str,
       FeedbackError: a reply cannot be rewarded, or the task could not be asked; a new run asks again.
       StudyError: another process selects into this folder.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    lead(lambda: folder.mkdir(parents=True, exist_ok=True))
+    require_shared(folder)
     said: list[str] = []
-    with alone(folder, "selects into"), Display(1, quiet=quiet) as display:
+    with led(lambda: alone(folder, "selects into")), Display(1, quiet=quiet or not first()) as display:
 
         def say(line: str) -> None:
             said.append(line)
@@ -78,18 +80,18 @@ def select(config: SelectConfig, folder: Path, quiet: bool = False) -> dict[str,
         loaded, measure = _load(config, domains, goal, work, say, display)
         scored = _score(config, domains, goal, loaded, work, say, display)
         chosen = _choose(config, scored)
-        about = _write(config, folder, scored, chosen, loaded)
+        about = lead(_write, config, folder, scored, chosen, loaded)
         total = sum(len(rows) for rows in chosen)
         counts = " · ".join(f"{part.name} {len(rows)}" for part, rows in zip(scored, chosen, strict=True))
         say(f"{total} of {sum(len(part.examples) for part in scored)} examples chosen: {counts}; see {folder}")
-        _note(folder, about, said)
+        lead(_note, folder, about, said)
         if measure is not None:
             about["evaluation"] = []
             for name, rows in choices(config, [len(part.examples) for part in scored], chosen):
                 found = measure(name, rows)
                 say(str(found))
                 about["evaluation"].append(dataclasses.asdict(found))
-                _note(folder, about, said)
+                lead(_note, folder, about, said)
     return {part.name: tuple(part.examples[row].id for row in rows) for part, rows in zip(scored, chosen, strict=True)}
 
 
@@ -132,7 +134,7 @@ def _score(
             Scored(
                 domain.name,
                 domain.train,
-                load_utilities(selector.kind, domain.name, domain.train, path=selector.path, cache_folder=work),
+                lead(load_utilities, selector.kind, domain.name, domain.train, path=selector.path, cache_folder=work),
                 {},
             )
             for domain in domains

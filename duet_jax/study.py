@@ -1,140 +1,148 @@
-"""The study directory: everything a search has learnt, as files that survive a kill at any instant.
+"""The study: everything a search has learnt, as texts that survive a kill at any instant.
 
     config.yaml       the configuration, environment variables replaced
-    trials/NNNN.json  one small file a trial, replaced as a whole
+    trials/NNNN.json  one small text a trial, replaced as a whole
     sizes.json        the domains' numbers of examples, where the search depends on them
-    metrics.jsonl     one line a logged training step
-    metrics.NAME.jsonl  the same of the worker NAME
-    ratings.jsonl     what people say of the trials, where they are asked
-    write.lock        held for the moment of a change, so that `duet tell` works beside a run
 
-The trial files are the source of truth. The search's state is derived from them and can be rebuilt.
+They lie in a folder or in an object store (`storage`). The trials are the source of truth. The search's state is
+derived from them and can be rebuilt. Each change is of one trial, and is made only if the trial still is as it was
+read, so `duet tell` works beside a run. In a folder, the study's own, or one of each machine's cache where the study is
+in an object store, there are
+
+    metrics.jsonl     one line a logged training step
+    metrics.NAME.jsonl  the same of the worker NAME; metrics/NNNN-C.jsonl in an object store has a trial's, once trained
+    ratings.jsonl     what people say of the trials, where they are asked
+    write.lock        held for the moment of a change
 """
 
 from __future__ import annotations
 
-import dataclasses
-import datetime
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import filelock
 import numpy as np
 
 from duet_jax import config as configs
 from duet_jax import trial as trials
-from duet_jax._files import append_lines, is_temporary, write
+from duet_jax._files import append_lines
 from duet_jax.config import StudyConfig
-from duet_jax.errors import FeedbackError, StudyError
+from duet_jax.errors import ConfigError, FeedbackError, Overtaken, StudyError
+from duet_jax.storage import Changed, Folder, Place, Storage, at
 from duet_jax.trial import Trial
 from duet_jax.types import Feedback
 
 # Of a configuration, what may change between two runs of a study.
-MAY_CHANGE = ("rounds", "tracking", "task.people.open", "task.people.instructions")
-SECONDS_TO_WAIT = 30.0
+MAY_CHANGE = ("rounds", "tracking", "mesh", "task.people.open", "task.people.instructions")
 
 
 class Study:
-    """A study directory. Make one with `Study.create` or `Study.open`.
+    """A study. Make one with `Study.create` or `Study.open`; where it is can be a folder, an address or a `Storage`.
 
-    Reading takes no lock and works on a read-only copy. Every change reads the files anew under the write lock.
+    Reading takes no lock and works on a read-only copy.
     """
 
-    def __init__(self, folder: Path, config: StudyConfig):
-        self.folder = folder
+    def __init__(self, storage: Storage, config: StudyConfig):
+        self.storage = storage
         self.config = config
         self.domain_names = tuple(domain.name for domain in config.data.domains)
-        self._write_lock = filelock.FileLock(folder / "write.lock")
+
+    @property
+    def address(self) -> str:
+        """Where it is, for people."""
+        return self.storage.address
+
+    @property
+    def folder(self) -> Path:
+        """The folder of this machine for what is large or of this machine alone."""
+        return self.storage.local
+
+    @property
+    def remote(self) -> bool:
+        """Whether that folder is not the study's own."""
+        return not isinstance(self.storage, Folder)
 
     @staticmethod
-    def exists(folder: str | Path) -> bool:
-        """Whether there is a study in `folder`."""
-        return (Path(folder) / "config.yaml").is_file()
+    def exists(place: Place) -> bool:
+        """Whether there is a study."""
+        try:
+            at(place).read("config.yaml")
+        except FileNotFoundError:
+            return False
+        return True
 
     @classmethod
-    def create(cls, folder: str | Path, config: StudyConfig) -> Study:
-        """Makes a new study directory.
+    def create(cls, place: Place, config: StudyConfig) -> Study:
+        """Makes a new study.
 
         Raises:
-          StudyError: there is a study already, or other files.
+          StudyError: there is a study already, or something else.
         """
-        folder = Path(folder)
-        if cls.exists(folder):
-            raise StudyError(f"{folder} already holds a study; open it, or give another directory.")
-        # What a creation that was killed may have left behind is no obstacle to the next one.
-        ours = {"trials", "write.lock"}
-        study = cls(folder, config)
+        storage = at(place)
+        where = storage.address
+        if cls.exists(storage):
+            raise StudyError(f"{where} already holds a study; open it, or give another directory.")
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            others = [e.name for e in folder.iterdir() if e.name not in ours and not is_temporary(e)]
+            # What a creation that was killed may have left behind is no obstacle to the next one.
+            others = [name for name in storage.names() if name not in ("trials", "id")]
             if others:
-                raise StudyError(f"{folder} holds other files, such as {others[0]}; give an empty directory.")
-            with study.editing():
-                if cls.exists(folder):
-                    raise StudyError(f"{folder} was made a study by another process; open it.")
-                (folder / "trials").mkdir(exist_ok=True)
-                write(folder / "config.yaml", configs.dump(config))
+                raise StudyError(f"{where} holds other files, such as {others[0]}; give an empty directory.")
+            storage.local.mkdir(parents=True, exist_ok=True)
+            storage.create("config.yaml", configs.dump(config).encode())
+        except FileExistsError:
+            raise StudyError(f"{where} was made a study by another process; open it.") from None
         except OSError as error:
-            raise StudyError(f"{folder} cannot be made a study directory: {error.strerror}.") from None
-        return study
+            raise StudyError(f"{where} cannot be made a study directory: {error.strerror}.") from None
+        return cls(storage, config)
 
     @classmethod
-    def begin(cls, folder: str | Path, config: StudyConfig) -> Study:
+    def begin(cls, place: Place, config: StudyConfig) -> Study:
         """Creates the study, or opens the one that is there; several processes may begin at the same time."""
-        if not cls.exists(folder):
+        storage = at(place)
+        if not cls.exists(storage):
             try:
-                return cls.create(folder, config)
+                return cls.create(storage, config)
             except StudyError:
-                if not cls.exists(folder):
+                if not cls.exists(storage):
                     raise
-        return cls.open(folder, config)
+        return cls.open(storage, config)
 
     @classmethod
-    def open(cls, folder: str | Path, config: StudyConfig | None = None) -> Study:
-        """Opens a study directory.
+    def open(cls, place: Place, config: StudyConfig | None = None) -> Study:
+        """Opens a study.
 
         Args:
-          folder: the directory.
+          place: where it is.
           config: what it should be a study of. More or fewer rounds are accepted and noted.
 
         Raises:
           StudyError: there is no study, or it is of another configuration; the differing fields are named.
         """
-        folder = Path(folder)
-        if not cls.exists(folder):
-            raise StudyError(f"There is no study in {folder} (no config.yaml); start one with: duet run CONFIG")
-        found = configs.load(folder / "config.yaml")
+        storage = at(place)
+        where = storage.address
+        try:
+            text, _ = storage.read("config.yaml")
+            found = configs.loads(text.decode())
+        except FileNotFoundError:
+            raise StudyError(
+                f"There is no study in {where} (no config.yaml); start one with: duet run CONFIG"
+            ) from None
+        except ConfigError as error:
+            raise ConfigError(f"{where}/config.yaml: {error}") from None
+        except UnicodeDecodeError:
+            raise ConfigError(f"{where}/config.yaml cannot be read: it is not a text in UTF-8.") from None
         if config is None or config == found:
-            return cls(folder, found)
+            return cls(storage, found)
         differing = [path for path in configs.differences(found, config) if not path.startswith(MAY_CHANGE)]
         if differing:
             raise StudyError(
-                f"The study in {folder} was started with another configuration; these fields differ: "
+                f"The study in {where} was started with another configuration; these fields differ: "
                 f"{', '.join(differing)}. Give another --study directory, or the old values."
             )
-        study = cls(folder, config)
-        with study.editing():
-            write(folder / "config.yaml", configs.dump(config))
-        return study
-
-    @contextmanager
-    def editing(self) -> Iterator[None]:
-        """Holds the write lock; other changes wait. May be nested."""
-        try:
-            self._write_lock.acquire(timeout=SECONDS_TO_WAIT)
-        except filelock.Timeout:
-            raise StudyError(
-                f"{self.folder} has been locked by another process for {SECONDS_TO_WAIT:.0f} s; try again."
-            ) from None
-        except OSError as error:
-            raise StudyError(f"{self.folder} cannot be written: {error.strerror}.") from None
-        try:
-            yield
-        finally:
-            self._write_lock.release()
+        storage.write("config.yaml", configs.dump(config).encode())
+        return cls(storage, config)
 
     def trials(self) -> list[Trial]:
         """All trials in order.
@@ -142,13 +150,15 @@ class Study:
         Raises:
           StudyError: a trial file is damaged or missing.
         """
-        paths = [path for path in (self.folder / "trials").glob("*.json") if path.stem.isdecimal()]
-        paths.sort(key=lambda path: int(path.stem))
-        found = [trials.read(path, self.domain_names) for path in paths]
-        for number, trial in enumerate(found):
-            if trial.trial != number:
-                raise StudyError(f"{self._path(number)} is missing; restore it from a copy of the study.")
-        return found
+        texts = {
+            int(name.removesuffix(".json")): text
+            for name, text in self.storage.read_all("trials").items()
+            if name.endswith(".json") and name.removesuffix(".json").isdecimal()
+        }
+        missing = [number for number in range(len(texts)) if number not in texts]
+        if missing:
+            raise StudyError(f"{self._where(missing[0])} is missing; restore it from a copy of the study.")
+        return [self._parse(number, texts[number]) for number in range(len(texts))]
 
     def completed(self) -> list[Trial]:
         """Trials with feedback, in order."""
@@ -183,59 +193,49 @@ class Study:
         stage: str = "proposed",
         settings: Mapping[str, Any] | None = None,
         worker: str | None = None,
+        number: int | None = None,
     ) -> Trial:
-        """Adds a pending trial with the next number, claimed by the worker if there is one.
+        """Adds a pending trial of a number, by default the next, claimed by the worker if there is one.
 
         Raises:
           StudyError: the mixture is no point of the simplex over the study's domains.
-          FileExistsError: another host has opened this trial, and the file system does not list it yet.
+          FileExistsError: another process has opened the trial of that number.
         """
         problem = trials.mixture_problem(mixture, self.domain_names)
         if problem:
             raise StudyError(f"The mixture {dict(mixture)} {problem}.")
-        with self.editing():
-            number = len(self.trials())
-            trial = Trial(
-                trial=number,
-                status="pending",
-                stage=stage,
-                mixture=dict(mixture),
-                counts=dict(counts),
-                settings=dict(settings or {}),
-                proposal=proposal,
-                seeds=dict(seeds),
-                times={"proposed": _now()},
-                worker=worker,
-                claim=0 if worker is None else 1,
-            )
-            self._save(trial, new=True)
+        number = len(self.trials()) if number is None else number
+        trial = Trial(
+            trial=number,
+            status="pending",
+            stage=stage,
+            mixture=dict(mixture),
+            counts=dict(counts),
+            settings=dict(settings or {}),
+            proposal=proposal,
+            seeds=dict(seeds),
+            times={"proposed": trials.now()},
+            worker=worker,
+            claim=0 if worker is None else 1,
+        )
+        self.storage.create(_name(number), trials.dump(trial))
         return trial
 
     def claim(self, trial: Trial, worker: str | None) -> Trial:
-        """Gives a trial to a worker, or to a run alone (None). Whatever its holder before still reports is refused."""
-        with self.editing():
-            current = self._current(trial)
-            changed = dataclasses.replace(current, worker=worker, claim=current.claim + 1)
-            self._save(changed)
-        return changed
+        """Gives a pending trial to a worker, or to a run alone (None). What its holder before still reports is refused.
+
+        Raises:
+          Overtaken: somebody else has claimed it since it was read, or it is closed.
+        """
+        return self._change(trial, lambda current: trials.claimed(current, worker))
 
     def holds(self, trial: Trial) -> bool:
         """Whether nobody has claimed a trial since it was read."""
-        return trials.read(self._path(trial.trial), self.domain_names).claim == trial.claim
+        return self._current(trial.trial)[0].claim == trial.claim
 
     def update(self, trial: Trial | int, **changes: Any) -> Trial:
-        """Replaces fields of a trial as it is on disk now; a new stage is noted in its times."""
-        with self.editing():
-            current = self._current(trial)
-            if "stage" in changes:
-                if current.status != "pending":
-                    # Its feedback came in while it was being trained: that is the later stage.
-                    changes["stage"] = current.stage
-                else:
-                    changes["times"] = {**current.times, changes["stage"]: _now()}
-            changed = dataclasses.replace(current, **changes)
-            self._save(changed)
-        return changed
+        """Replaces fields of a trial as it is now; a new stage is noted in its times."""
+        return self._change(trial, lambda current: trials.updated(current, changes))
 
     def tell(
         self,
@@ -271,30 +271,11 @@ class Study:
         people = self.config.task.people
         if people is not None and people.heard == "ordinal" and ratings is None:
             raise FeedbackError(
-                f"Trials of {self.folder} are told by the ratings they got, not by a number; use: duet tell --ratings"
+                f"Trials of {self.address} are told by the ratings they got, not by a number; use: duet tell --ratings"
             )
         if ratings is not None:
             trials.check_ratings(ratings, None if people is None else people.stars)
-        with self.editing():
-            current = self._current(trial)
-            if current.feedback is not None:
-                raise FeedbackError(
-                    f"Trial {current.trial} has its feedback already: {current.feedback['value']}, told at "
-                    f"{current.times.get('told')}; a trial is told once."
-                )
-            if current.status in ("failed", "abandoned"):
-                what = "failed" if current.status == "failed" else "was abandoned"
-                raise FeedbackError(f"Trial {current.trial} {what} ({current.error}) and takes no feedback.")
-            changed = dataclasses.replace(
-                current,
-                status="completed",
-                stage="scored",
-                feedback={**dataclasses.asdict(told), "independent": independent}
-                | ({} if ratings is None else {"ratings": list(ratings)}),
-                times={**current.times, "told": _now()},
-            )
-            self._save(changed)
-        return changed
+        return self._change(trial, lambda current: trials.completed(current, told, independent, ratings))
 
     def fail(self, trial: Trial | int, reason: str) -> Trial:
         """Closes a pending trial without feedback, for a reason outside: its mixture may be proposed again.
@@ -302,7 +283,7 @@ class Study:
         Raises:
           FeedbackError: unknown trial, or one that is not pending.
         """
-        return self._close(trial, "failed", reason)
+        return self._change(trial, lambda current: trials.closed(current, "failed", reason))
 
     def abandon(self, trial: Trial | int, reason: str) -> Trial:
         """Closes a pending trial without feedback, for a reason of its own: the search keeps away from it.
@@ -310,18 +291,7 @@ class Study:
         Raises:
           FeedbackError: unknown trial, or one that is not pending.
         """
-        return self._close(trial, "abandoned", reason)
-
-    def _close(self, trial: Trial | int, status: Literal["failed", "abandoned"], reason: str) -> Trial:
-        with self.editing():
-            current = self._current(trial)
-            if current.status != "pending":
-                change = "fail" if status == "failed" else "be abandoned"
-                raise FeedbackError(f"Trial {current.trial} is {current.status} and cannot {change} any more.")
-            times = {**current.times, status: _now()}
-            changed = dataclasses.replace(current, status=status, error=reason, times=times)
-            self._save(changed)
-        return changed
+        return self._change(trial, lambda current: trials.closed(current, "abandoned", reason))
 
     def sizes(self) -> dict[str, int] | None:
         """Examples of each domain by name as `note_sizes` noted them, None before.
@@ -329,14 +299,14 @@ class Study:
         Raises:
           StudyError: the file is damaged.
         """
-        path = self.folder / "sizes.json"
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            text, _ = self.storage.read("sizes.json")
+            found = json.loads(text)
             return {name: int(found[name]) for name in self.domain_names}
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, TypeError, KeyError):
-            raise StudyError(f"{path} is damaged; restore it from a copy of the study.") from None
+        except (ValueError, TypeError, KeyError):
+            raise StudyError(f"{self.address}/sizes.json is damaged; restore it from a copy of the study.") from None
 
     def note_sizes(self, sizes: Mapping[str, int]) -> None:
         """Keeps how many examples of each domain there are to choose from, on which the search depends.
@@ -344,16 +314,18 @@ class Study:
         Raises:
           StudyError: they have been others, of which the first is named.
         """
-        with self.editing():
-            known = self.sizes()
-            if known is None:
-                write(self.folder / "sizes.json", json.dumps(dict(sizes), indent=1, ensure_ascii=False) + "\n")
-                return
-        for name, count in known.items():
+        text = json.dumps(dict(sizes), indent=1, ensure_ascii=False) + "\n"
+        known = self.sizes()
+        if known is None:
+            try:
+                self.storage.create("sizes.json", text.encode())
+            except FileExistsError:
+                known = self.sizes()
+        for name, count in (known or {}).items():
             if count != sizes[name]:
                 raise StudyError(
                     f"The domain {name} has {sizes[name]} examples to choose from, but had {count} when the study in "
-                    f"{self.folder} began; restore its data, or start a new study."
+                    f"{self.address} began; restore its data, or start a new study."
                 )
 
     def append_metrics(self, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -364,11 +336,18 @@ class Study:
         worker = rows[0].get("worker")
         append_lines(self.folder / ("metrics.jsonl" if worker is None else f"metrics.{worker}.jsonl"), rows)
 
+    def share_metrics(self, trial: Trial) -> None:
+        """Gives an object store the steps of a trial that was trained here, as far as this machine took them."""
+        if self.remote:
+            rows = [json.dumps(row) + "\n" for row in self.metrics() if row["trial"] == trial.trial]
+            self.storage.write(f"metrics/{trial.trial:04d}-{trial.claim}.jsonl", "".join(rows).encode())
+
     def metrics(self) -> list[dict[str, Any]]:
         """Logged steps in the order of (trial, step). Of a step logged twice the last claim, and the last, counts."""
+        texts = [path.read_bytes() for path in sorted(self.folder.glob("metrics*.jsonl"))]
         rows: dict[tuple[int, int], dict[str, Any]] = {}
-        for path in sorted(self.folder.glob("metrics*.jsonl")):
-            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        for text in (*texts, *self.storage.read_all("metrics").values()):
+            for line in text.decode(errors="replace").splitlines():
                 # Lines torn by a kill are skipped: a resumed run logs their steps again.
                 with suppress(ValueError, KeyError, TypeError):
                     row = json.loads(line)
@@ -377,24 +356,36 @@ class Study:
                         rows[key] = row
         return [rows[key] for key in sorted(rows)]
 
-    def _path(self, number: int) -> Path:
-        return self.folder / "trials" / f"{number:04d}.json"
+    def _where(self, number: int) -> str:
+        return f"{self.address}/{_name(number)}"
 
-    def _current(self, trial: Trial | int) -> Trial:
-        number = trial.trial if isinstance(trial, Trial) else trial
-        if not self._path(number).is_file():
+    def _parse(self, number: int, text: bytes) -> Trial:
+        return trials.parse(text, number, self.domain_names, self._where(number))
+
+    def _current(self, number: int) -> tuple[Trial, Any]:
+        """A trial as it is now, and the version of its text."""
+        try:
+            text, version = self.storage.read(_name(number))
+        except FileNotFoundError:
             count = len(self.trials())
             known = "it has none yet" if count == 0 else f"its trials are 0 to {count - 1}"
-            raise FeedbackError(f"There is no trial {number} in {self.folder}; {known}.")
-        current = trials.read(self._path(number), self.domain_names)
-        if isinstance(trial, Trial) and trial.claim != current.claim:
-            raise StudyError(f"Trial {number} of {self.folder} was taken over by {current.worker or 'another run'}.")
-        return current
+            raise FeedbackError(f"There is no trial {number} in {self.address}; {known}.") from None
+        return self._parse(number, text), version
 
-    def _save(self, trial: Trial, new: bool = False) -> None:
-        text = json.dumps(dataclasses.asdict(trial), indent=1, ensure_ascii=False) + "\n"
-        write(self._path(trial.trial), text, new=new)
+    def _change(self, trial: Trial | int, change: Callable[[Trial], Trial]) -> Trial:
+        """Changes a trial as it is now, or as it is then if somebody else changes it meanwhile."""
+        number = trial.trial if isinstance(trial, Trial) else trial
+        while True:
+            current, version = self._current(number)
+            if isinstance(trial, Trial) and trial.claim != current.claim:
+                holder = current.worker or "another run"
+                raise Overtaken(f"Trial {number} of {self.address} was taken over by {holder}.")
+            changed = change(current)
+            # Somebody gets on whenever this fails.
+            with suppress(Changed):
+                self.storage.replace(_name(number), trials.dump(changed), version)
+                return changed
 
 
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+def _name(number: int) -> str:
+    return f"trials/{number:04d}.json"

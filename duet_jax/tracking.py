@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from duet_jax.distributed.processes import first
 from duet_jax.errors import ConfigError
 from duet_jax.study import Study
 from duet_jax.trial import Trial
@@ -30,7 +31,8 @@ class Tracking:
 
     def __init__(self, study: Study):
         self._study = study
-        self._config = study.config.tracking
+        # Of several processes the first one alone tells.
+        self._config = study.config.tracking if first() else None
         self._package: Any = None
         if self._config is not None:
             kind = self._config.kind
@@ -55,7 +57,8 @@ class Tracking:
                 return
             if not sinks:
                 sinks.append(self._tensorboard(trial, step) if self._config.kind == "tensorboard" else self._run(trial))
-            numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
+            # The step is told as such, and its name is trackio's own.
+            numbers = {name: x for name, x in values.items() if isinstance(x, int | float) and name != "step"}
             if self._config.kind != "tensorboard":
                 sinks[0].log(numbers, step=step)
                 return

@@ -1,15 +1,15 @@
-"""One trial of a study, as its file holds it."""
+"""One trial of a study, as its file holds it, and what may become of it."""
 
 from __future__ import annotations
 
+import datetime
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
 
-from duet_jax.errors import FeedbackError, StudyError
+from duet_jax.errors import FeedbackError, Overtaken, StudyError
 from duet_jax.types import Feedback
 
 Status = Literal["pending", "completed", "failed", "abandoned"]
@@ -82,23 +82,90 @@ def check_ratings(ratings: Sequence[int], stars: int | None) -> None:
         )
 
 
-def read(path: Path, names: Sequence[str]) -> Trial:
-    """Reads a trial file of a study over the domains `names`.
+def dump(trial: Trial) -> bytes:
+    """What a trial's file holds."""
+    return (json.dumps(asdict(trial), indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def parse(content: bytes, number: int, names: Sequence[str], where: str) -> Trial:
+    """The trial of this number in a study over the domains `names`, from what its file holds.
 
     Raises:
-      StudyError: the file is damaged; it is named.
+      StudyError: the file, which is at `where`, is damaged.
     """
     try:
-        trial = Trial(**json.loads(path.read_text(encoding="utf-8")))
+        trial = Trial(**json.loads(content))
         # JSON has lists only; what was written were tuples.
         lists = {name: tuple(value) for name, value in trial.settings.items() if isinstance(value, list)}
         trial = replace(trial, settings={**trial.settings, **lists})
-        problem = _trial_problem(trial, int(path.stem)) or mixture_problem(trial.mixture, names)
-    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        problem = _trial_problem(trial, number) or mixture_problem(trial.mixture, names)
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
         problem = str(error)
     if problem:
-        raise StudyError(f"{path} is damaged ({problem}); restore it from a copy of the study.") from None
+        raise StudyError(f"{where} is damaged ({problem}); restore it from a copy of the study.") from None
     return trial
+
+
+def claimed(trial: Trial, worker: str | None) -> Trial:
+    """A trial that is given to a worker, or to a run alone (None).
+
+    Raises:
+      Overtaken: it is closed.
+    """
+    if trial.status != "pending":
+        raise Overtaken(f"Trial {trial.trial} is {trial.status} by now.")
+    return replace(trial, worker=worker, claim=trial.claim + 1)
+
+
+def updated(trial: Trial, changes: Mapping[str, Any]) -> Trial:
+    """A trial with other fields; a new stage is noted in its times."""
+    if "stage" not in changes:
+        return replace(trial, **changes)
+    if trial.status != "pending":
+        # Its feedback came in while it was being trained: that is the later stage.
+        return replace(trial, **{**changes, "stage": trial.stage})
+    return replace(trial, **changes, times={**trial.times, changes["stage"]: now()})
+
+
+def completed(trial: Trial, feedback: Feedback, independent: bool, ratings: Sequence[int] | None) -> Trial:
+    """A trial with its feedback.
+
+    Raises:
+      FeedbackError: it has some already, or has failed, or is abandoned.
+    """
+    if trial.feedback is not None:
+        raise FeedbackError(
+            f"Trial {trial.trial} has its feedback already: {trial.feedback['value']}, told at "
+            f"{trial.times.get('told')}; a trial is told once."
+        )
+    if trial.status in ("failed", "abandoned"):
+        what = "failed" if trial.status == "failed" else "was abandoned"
+        raise FeedbackError(f"Trial {trial.trial} {what} ({trial.error}) and takes no feedback.")
+    return replace(
+        trial,
+        status="completed",
+        stage="scored",
+        feedback={**asdict(feedback), "independent": independent}
+        | ({} if ratings is None else {"ratings": list(ratings)}),
+        times={**trial.times, "told": now()},
+    )
+
+
+def closed(trial: Trial, status: Literal["failed", "abandoned"], reason: str) -> Trial:
+    """A trial without feedback.
+
+    Raises:
+      FeedbackError: it is not pending.
+    """
+    if trial.status != "pending":
+        change = "fail" if status == "failed" else "be abandoned"
+        raise FeedbackError(f"Trial {trial.trial} is {trial.status} and cannot {change} any more.")
+    return replace(trial, status=status, error=reason, times={**trial.times, status: now()})
+
+
+def now() -> str:
+    """The time, UTC, ISO 8601."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
 
 
 def _trial_problem(trial: Trial, number: int) -> str | None:

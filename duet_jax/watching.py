@@ -10,14 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from duet_jax.display import Display
+from duet_jax.distributed.processes import first, lead, several
 from duet_jax.errors import StudyError
+from duet_jax.leases import BEAT
 from duet_jax.metering import Meter, find_peak, watching_compilations
 from duet_jax.profiling import profiling
 from duet_jax.study import Study
 from duet_jax.tracking import Log, Tracking
 from duet_jax.training.reports import StepReport
 from duet_jax.trial import Trial
-from duet_jax.workers import BEAT
+
+# Steps between looks whether the trial is still ours, of several processes, which must all look at the same step.
+LOOK = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,14 +44,16 @@ class Watch:
 
         def on_step(report: StepReport) -> None:
             nonlocal looked
-            self.display.step(trial.trial, report)
-            row = {**dataclasses.asdict(report), **self.meter.read(report)}
-            self.study.append_metrics([{"trial": trial.trial, **owner, **row}])
-            log(report.step, row)
-            self.after_step(report.step == report.steps)
-            if owner and time.monotonic() - looked > BEAT:
+            if first():
+                self.display.step(trial.trial, report)
+                row = {**dataclasses.asdict(report), **self.meter.read(report)}
+                self.study.append_metrics([{"trial": trial.trial, **owner, **row}])
+                log(report.step, row)
+                self.after_step(report.step == report.steps)
+            due = report.step % LOOK == 0 if several() else time.monotonic() - looked > BEAT
+            if owner and due:
                 looked = time.monotonic()
-                if not self.study.holds(trial):
+                if not lead(self.study.holds, trial):
                     raise StudyError(f"Trial {trial.trial} was taken over.")
 
         return on_step
@@ -66,5 +72,5 @@ def watching(study: Study, display: Display, tracking: Tracking, dtype: Any, pro
     """
     peak = find_peak(dtype)
     display.say(f"mfu is of {peak}")
-    with watching_compilations() as compilations, profiling(profile, display.say) as after_step:
+    with watching_compilations() as compilations, profiling(profile if first() else None, display.say) as after_step:
         yield Watch(study, display, Meter(peak, compilations), tracking, after_step)

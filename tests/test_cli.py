@@ -188,15 +188,27 @@ def test_mistakes_in_telling_are_one_line(study: Study, capsys: pytest.CaptureFi
     assert "There is no study in" in fails(capsys, "tell", folder / "none", 0, 1)
 
 
-@pytest.mark.parametrize("command", ["run", "ask", "tell", "info", "report", "serve"])
-def test_a_study_in_a_bucket_is_refused(
+@pytest.mark.parametrize("command", ["run --profile", "report --output", "select --output", "serve"])
+def test_an_address_is_refused_where_only_a_path_will_do(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    words = {"run": [config_file(tmp_path), "--study"]}.get(command, [])
-    sentence = fails(capsys, command, *words, "gs://bucket/x", *([0, 1] if command == "tell" else []))
-    assert " is gs://bucket/x; a study needs a file system with locks, so give a folder" in sentence
+    name, *option = command.split()
+    place = [] if name == "serve" else [config_file(tmp_path)]
+    sentence = fails(capsys, name, *place, *option, "gs://bucket/x")
+    what = option[0] if option else "The study"
+    assert f"{what} is gs://bucket/x; this needs a file system, so give a path." in sentence
     assert not (tmp_path / "gs:").exists()
+
+
+def test_a_study_at_an_address(study: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    address = f"file://{study.folder}"
+    assert cli.main(["tell", address, "1", "2.5"]) == 0
+    assert cli.main(["info", address, "--json"]) == 0
+    printed = capsys.readouterr().out
+    assert json.loads(printed[printed.index("{") :])["trials"][1]["feedback"]["value"] == 2.5
+    assert cli.main(["report", address]) == 0 and capsys.readouterr().out == f"{study.folder}/report.html\n"
+    assert "xx://bucket/x is no study's address" in fails(capsys, "info", "xx://bucket/x")
 
 
 @pytest.mark.parametrize(

@@ -333,7 +333,7 @@ def test_bad_data_is_told_before_any_training(tmp_path):
     for i, (fields, kind, sentence) in enumerate(cases):
         with pytest.raises(kind, match=sentence):
             duet.run(settings(data=bad_domain(2, **fields)), tmp_path / f"s{i}", quiet=True)
-        assert not list((tmp_path / f"s{i}" / "trials").iterdir())
+        assert not Study.open(tmp_path / f"s{i}").trials()
 
 
 def test_too_long_for_the_model(tmp_path):

@@ -182,7 +182,7 @@ def test_trackers_of_runs(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
     tracking, trial = Tracking(study), study.trials()[0]
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt), tracking.trial(trial) as log:
-            log(1, {"loss": 1.5, "peak": "published"})
+            log(1, {"step": 1, "loss": 1.5, "peak": "published"})
             log(2, {"loss": 0.5})
             raise KeyboardInterrupt
     options, *rest, finished = calls[:4]

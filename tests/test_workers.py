@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from duet_jax import config as configs
-from duet_jax import duet, kept, proposals, workers
+from duet_jax import duet, kept, leases, proposals, workers
 from duet_jax.config import StudyConfig
 from duet_jax.display import Display
 from duet_jax.errors import StudyError
@@ -69,7 +69,7 @@ def until(holds: Callable[[], bool]) -> None:
 
 
 def test_a_worker_is_gone_when_it_ended_died_or_is_silent(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers, "BEAT", 0.01)
+    monkeypatch.setattr(leases, "BEAT", 0.01)
     monkeypatch.setattr(workers, "SILENCE", 0.1)
     beat = study.folder / "workers" / "two.json"
     with workers.join(study, "one") as one:
@@ -80,7 +80,7 @@ def test_a_worker_is_gone_when_it_ended_died_or_is_silent(study: Study, monkeypa
             until(lambda: beat.read_text() != seen)
             time.sleep(0.2)
             assert not one.gone("two"), "its heart beats"
-            monkeypatch.setattr(workers, "BEAT", 600.0)
+            monkeypatch.setattr(leases, "BEAT", 600.0)
             until(lambda: one.gone("two"))
             assert beat.exists(), "it holds its lock, but nothing is heard of it"
         assert one.gone("two")

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from duet_jax._files import write
+from duet_jax.distributed.processes import lead
 
 # Rows of a part.
 PART = 128
@@ -47,8 +48,8 @@ def in_parts(
     found: list[Any] = [None] * len(order)
     for number, start in enumerate(range(0, len(order), part)):
         rows, path = order[start : start + part], place / f"{number:05d}.json"
-        if not path.is_file():
-            write(path, json.dumps(compute(rows)))
+        if not lead(path.is_file):
+            lead(write, path, json.dumps(compute(rows)))
         for row, value in zip(rows, json.loads(path.read_text(encoding="utf-8")), strict=True):
             found[row] = value
         on_progress(name, start + len(rows), len(order))

@@ -10,6 +10,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from duet_jax.config import AXES, MeshConfig
+from duet_jax.distributed.processes import lead, several
 from duet_jax.errors import ConfigError
 
 # Of a device's memory, what parameters and optimiser state may take before they are shared.
@@ -39,10 +40,14 @@ def make_mesh(
       A mesh whose axes are left to the compiler (`AxisType.Auto`), neighbours along `tensor` nearest to each other.
 
     Raises:
-      ConfigError: the sizes do not multiply to the number of devices.
+      ConfigError: the sizes do not multiply to the number of devices, or some are of processes that were not joined.
     """
+    if jax.process_count() > 1 and not several():
+        raise ConfigError(
+            f"There are devices of {jax.process_count()} processes, which were not joined; start each with --cluster."
+        )
     if config is None:
-        config = MeshConfig(fsdp=_sharers(len(devices), parameter_bytes, device_bytes or _memory(devices[0])))
+        config = MeshConfig(fsdp=_sharers(len(devices), parameter_bytes, device_bytes or _memory(devices)))
     sizes = _sizes(config, len(devices))
     # An axis of the mesh may be part of one of the torus, as 4 x 16 devices on 8x8 are; `jax.make_mesh` refuses that.
     grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
@@ -67,8 +72,7 @@ def _sharers(count: int, parameter_bytes: int, device_bytes: int | None) -> int:
     return next((size for size in divisors if parameter_bytes / size <= STATE_SHARE * device_bytes), count)
 
 
-def _memory(device: jax.Device) -> int | None:
-    # Only a device of this process can be asked; all have the same.
-    if device.process_index != jax.process_index():
-        return None
-    return (device.memory_stats() or {}).get("bytes_limit")
+def _memory(devices: Sequence[jax.Device]) -> int | None:
+    # Only a device of this process can be asked; all have about the same, and all processes must go by one number.
+    own = next((device for device in devices if device.process_index == jax.process_index()), None)
+    return lead(lambda: None if own is None else (own.memory_stats() or {}).get("bytes_limit"))

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import jax
+import numpy as np
 from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from duet_jax.distributed import rules
+from duet_jax.distributed.processes import first, several
 
 
 def row_parts(mesh: Mesh | None) -> int:
@@ -25,22 +28,92 @@ def place(mesh: Mesh | None, tree: Any) -> Any:
     """
     if mesh is not None and any(kind != AxisType.Auto for kind in mesh.axis_types):
         raise ValueError(f"The mesh's axes are {mesh.axis_types}; all must be Auto, as those of make_mesh are.")
-    return tree if mesh is None else jax.device_put(tree, rules.shardings(mesh, tree))
+    return tree if mesh is None else put(tree, rules.shardings(mesh, tree))
 
 
 def place_copied(mesh: Mesh | None, tree: Any) -> Any:
     """Arrays whole on every device."""
-    return tree if mesh is None else jax.device_put(tree, rules.copied(mesh))
+    return tree if mesh is None else put(tree, jax.tree.map(lambda _: rules.copied(mesh), tree))
 
 
 def place_rows(mesh: Mesh | None, tree: Any) -> Any:
-    """Arrays `[rows, ...]` on the devices."""
+    """Arrays `[rows, ...]` on the devices; of several processes each sends those of its own devices."""
+    if mesh is None:
+        return tree
+    where = jax.tree.map(lambda leaf: NamedSharding(mesh, rules.row_spec(mesh, leaf.shape[0])), tree)
+    return put(tree, where)
 
-    def put(leaf: Any) -> Array:
-        assert mesh is not None
-        return jax.device_put(leaf, NamedSharding(mesh, rules.row_spec(mesh, leaf.shape[0])))
 
-    return tree if mesh is None else jax.tree.map(put, tree)
+def own_rows(tree: Any, mesh: Mesh | None) -> Any:
+    """Rows of a batch for a compiled function that spreads them itself: one process hands them over as they are."""
+    return place_rows(mesh, tree) if several() else tree
+
+
+def put(tree: Any, shardings: Any) -> Any:
+    """Arrays where a tree of shardings says.
+
+    Of several processes, each must have the same arrays on its host, or they lie on the devices of all already. Nobody
+    compares them, as `jax.device_put` does over the network.
+    """
+    if not several():
+        return jax.device_put(tree, shardings)
+
+    def one(leaf: Any, where: NamedSharding) -> Array:
+        if not getattr(leaf, "is_fully_addressable", True):
+            return jax.device_put(leaf, where)
+        host = np.asarray(leaf)
+        return jax.make_array_from_callback(host.shape, where, lambda index: host[index])
+
+    return jax.tree.map(one, tree, shardings)
+
+
+def readable(tree: Any) -> Any:
+    """The same arrays, whole on every device where they are spread over those of several processes.
+
+    Without it a process can read only its own part. Nothing is waited for.
+    """
+
+    def one(leaf: Any) -> Any:
+        if not isinstance(leaf, Array) or leaf.is_fully_addressable or leaf.is_fully_replicated:
+            return leaf
+        assert isinstance(leaf.sharding, NamedSharding)
+        return _copier(leaf.sharding.mesh)(leaf)
+
+    return jax.tree.map(one, tree)
+
+
+def gathered(array: Array, where: Any) -> Array:
+    """An array, whole, where a sharding of this process's devices says."""
+    array = readable(array)
+    return jax.device_put(array if array.is_fully_addressable else array.addressable_data(0), where)
+
+
+def to_host(tree: Any) -> Any:
+    """Arrays that the first process can read, such as those of a model that it writes; all must take part.
+
+    What is stacked in layers, arrays of three dimensions, comes one layer at a time, so that no device holds it whole.
+    """
+
+    def one(leaf: Any) -> Any:
+        if not isinstance(leaf, Array) or leaf.is_fully_addressable:
+            return leaf
+        if leaf.ndim < 3:
+            return np.asarray(readable(leaf))
+        whole = np.empty(leaf.shape, leaf.dtype) if first() else None
+        for number in range(len(leaf)):
+            layer = readable(jax.lax.dynamic_index_in_dim(leaf, np.int32(number), keepdims=False))
+            if whole is None:
+                layer.block_until_ready()
+            else:
+                whole[number] = np.asarray(layer)
+        return whole
+
+    return jax.tree.map(one, tree)
+
+
+@lru_cache(maxsize=8)
+def _copier(mesh: Mesh) -> Callable[[Array], Array]:
+    return jax.jit(lambda x: x, out_shardings=rules.copied(mesh))
 
 
 def constrain(mesh: Mesh | None, tree: Any) -> Any:

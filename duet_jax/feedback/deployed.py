@@ -14,7 +14,8 @@ from jax.sharding import Mesh
 
 from duet_jax import models
 from duet_jax.data import Encoded, Example, encode, encode_prompts, plan_forward
-from duet_jax.distributed.place import row_parts
+from duet_jax.distributed.place import row_parts, to_host
+from duet_jax.distributed.processes import lead
 from duet_jax.errors import DataError
 from duet_jax.feedback.likelihood import Score, response_log_probs, scorer
 from duet_jax.models import llama
@@ -84,7 +85,7 @@ class Deployed:
         plan = plan_forward(encoded.lengths, engine.buckets, batch_size, row_parts(engine.mesh))
         sums, pad_id = np.zeros(len(encoded)), engine.model.tokenizer.pad_id
         rows = np.concatenate([np.zeros(0, np.int32), *(rows for _, _, rows in plan)])
-        sums[rows] = response_log_probs(engine.score, self.params, self.lora, encoded, plan, pad_id)
+        sums[rows] = response_log_probs(engine.score, self.params, self.lora, encoded, plan, pad_id, engine.mesh)
         return sums
 
     def sample(
@@ -136,6 +137,6 @@ class Deployed:
     def export(self, folder: str | Path) -> Path:
         """Writes the trained model, adapters merged, as a Hugging Face folder, and returns its path."""
         params = self.params if self.lora is None else adapters.merge(self.params, self.lora)
-        base = self.engine.model
-        models.save(dataclasses.replace(base, params=params, source=str(folder)), folder)
+        base, params = self.engine.model, to_host(params)
+        lead(lambda: models.save(dataclasses.replace(base, params=params, source=str(folder)), folder))
         return Path(folder)

@@ -18,7 +18,8 @@ from jax import Array
 from jax.sharding import Mesh
 
 from duet_jax.data import Encoded, gather_batch
-from duet_jax.distributed.place import map_rows
+from duet_jax.distributed.place import map_rows, own_rows, readable
+from duet_jax.distributed.processes import stop_if_told
 from duet_jax.kernels import linear_cross_entropy
 from duet_jax.models import llama
 from duet_jax.models import lora as adapters
@@ -50,6 +51,7 @@ def response_log_probs(
     encoded: Encoded,
     plan: Sequence[tuple[int, int, np.ndarray]],
     pad_id: int,
+    mesh: Mesh | None = None,
     on_batch: Callable[[int], None] = lambda count: None,
 ) -> np.ndarray:
     """Summed log-probability of each response with its end of text, float64, nats, in the order of the plan.
@@ -60,6 +62,7 @@ def response_log_probs(
       encoded: prompts and responses.
       plan: batches of some of them, see `plan_forward`.
       pad_id: id of padding.
+      mesh: the scorer's.
       on_batch: is given the number of examples of each finished batch; the device is then at the next one.
     """
     found: list[np.ndarray] = []
@@ -71,7 +74,8 @@ def response_log_probs(
 
     for length, size, rows in plan:
         batch = gather_batch(encoded, rows, length, size, pad_id)
-        values = score(params, lora, batch.tokens, batch.loss_mask)
+        values = readable(score(params, lora, *own_rows((batch.tokens, batch.loss_mask), mesh)))
+        stop_if_told()
         if waiting is not None:
             take(*waiting)
         waiting = len(rows), values

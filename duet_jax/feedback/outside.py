@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from duet_jax.distributed.processes import lead
 from duet_jax.errors import ConfigError, FeedbackError
 from duet_jax.feedback.deployed import Deployed
 from duet_jax.types import Feedback
@@ -55,7 +56,11 @@ def source_of(function: Callable[..., Any]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class PythonTask:
-    """Calls a function with the `Deployed` model; it returns a number, a pair (value, stderr) or a `Feedback`."""
+    """Calls a function with the `Deployed` model; it returns a number, a pair (value, stderr) or a `Feedback`.
+
+    Of several processes all call it, since each has a part of the model: they must ask it the same. What the first one
+    returns counts.
+    """
 
     function: Callable[[Deployed], Any]
 
@@ -68,26 +73,29 @@ class CommandTask:
     """Runs a command on the exported model (a Hugging Face folder) and reads the last line it prints.
 
     `{model}` in an argument becomes the folder, which the environment variable DUET_MODEL names as well. The
-    line is a number, or JSON such as `{"value": 0.71, "stderr": 0.02}`. The folder is removed afterwards.
+    line is a number, or JSON such as `{"value": 0.71, "stderr": 0.02}`. The folder is removed afterwards. Of several
+    processes the first one runs it.
     """
 
     command: tuple[str, ...]
 
     def __call__(self, model: Deployed) -> Feedback:
         with tempfile.TemporaryDirectory(prefix="duet-model-") as parent:
-            folder = str(model.export(Path(parent) / "model"))
-            arguments = [argument.replace("{model}", folder) for argument in self.command]
-            what = f"The command {' '.join(self.command)}"
-            try:
-                done = subprocess.run(
-                    arguments,
-                    env={**os.environ, "DUET_MODEL": folder},
-                    stdout=subprocess.PIPE,
-                    text=True,
-                    check=False,
-                )
-            except OSError as error:
-                raise FeedbackError(f"{what} could not be started: {error}.") from error
+            return lead(self._ask, str(model.export(Path(parent) / "model")))
+
+    def _ask(self, folder: str) -> Feedback:
+        arguments = [argument.replace("{model}", folder) for argument in self.command]
+        what = f"The command {' '.join(self.command)}"
+        try:
+            done = subprocess.run(
+                arguments,
+                env={**os.environ, "DUET_MODEL": folder},
+                stdout=subprocess.PIPE,
+                text=True,
+                check=False,
+            )
+        except OSError as error:
+            raise FeedbackError(f"{what} could not be started: {error}.") from error
         if done.returncode != 0:
             raise FeedbackError(f"{what} ended with status {done.returncode}; it must end with 0.")
         lines = done.stdout.strip().splitlines()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from duet_jax.data import Encoded, Example
+from duet_jax.distributed.processes import lead
 from duet_jax.errors import DataError
 from duet_jax.feedback import answers
 from duet_jax.feedback.deployed import Deployed, Engine
@@ -153,7 +154,7 @@ class Rewarded:
         )
         replies = [text for texts in found.texts for text in texts]
         asked = [example for example in self.examples for _ in range(config.samples)]
-        rewards = self.reward(replies, asked).reshape(-1, config.samples)
+        rewards = lead(self.reward, replies, asked).reshape(-1, config.samples)
         return _mean(best_of(rewards, config.best_of), self.reward.name)
 
 

@@ -14,6 +14,8 @@ import numpy as np
 from jax import Array
 
 from duet_jax.data import Encoded, gather_batch, plan_batches
+from duet_jax.distributed.place import readable
+from duet_jax.distributed.processes import first, lead, stop_if_told
 from duet_jax.influence import accuracy
 from duet_jax.influence.features import Feature, Moments
 from duet_jax.influence.gradients import PLAIN, ExampleGradients, Examples
@@ -108,7 +110,8 @@ class Point:
 
         params = frozen(self.params, self.gradients.compute_dtype)
         for chosen, tokens, weights in batching.batches(data, rows):
-            values = program(params, self.lora, tokens, weights, moments=self.moments, targets=targets).values
+            values = readable(program(params, self.lora, tokens, weights, moments=self.moments, targets=targets).values)
+            stop_if_told()
             if waiting is not None:
                 take(*waiting)
             waiting = chosen, values
@@ -133,7 +136,7 @@ def header(
     gradients = point.gradients
     parts = f"{gradients.target}{', head' if gradients.head else ''}"
     lora = point.lora
-    adapter = "" if lora is None else fingerprint(np.asarray(lora.scale).tolist(), lora.factors)
+    adapter = "" if lora is None else fingerprint(np.asarray(readable(lora.scale)).tolist(), readable(lora.factors))
     return Header(
         scheme=f"{projection!r} of {parts}",
         seed=projection.seed,
@@ -141,11 +144,11 @@ def header(
         feature=feature.name,
         loss=gradients.reduction,
         rows=len(data),
-        model=point.model or fingerprint(gradients.config, point.params),
+        model=point.model or fingerprint(gradients.config, readable(point.params)),
         adapter=adapter,
         data=data.digest,
         template=template,
-        optimiser="" if not feature.needs_moments else fingerprint("moments", point.moments),
+        optimiser="" if not feature.needs_moments else fingerprint("moments", readable(point.moments)),
         compute_dtype=str(jnp.dtype(gradients.compute_dtype)),
         format=row_format,
         shard_size=size,
@@ -186,9 +189,9 @@ def sketch(
       DataError: the store in `folder` is of other examples, another model or other settings, or a gradient is not
         finite.
     """
-    store = Store.resume(folder, header(point, data, projection, feature, template, row_format, shard_size))
+    store = begun(folder, header(point, data, projection, feature, template, row_format, shard_size))
     program = point.gradients.sketch(projection, feature)
-    missing = store.missing()
+    missing = lead(store.missing)
     done = len(data) - sum(stop - start for start, stop in map(store.bounds, missing))
     on_progress(done, len(data))
 
@@ -197,18 +200,33 @@ def sketch(
         done += examples
         on_progress(done, len(data))
 
+    writing: Future[None] | None = None
+
+    def settle() -> None:
+        if writing is not None:
+            writing.result()
+
     with ThreadPoolExecutor(1) as writer:
-        writing: Future[None] | None = None
         for shard in missing:
             rows = np.arange(*store.bounds(shard))
             found = point.each(program, data, rows, batching, count)
-            if writing is not None:
-                writing.result()
+            lead(settle)
             ids, lengths = [data.ids[row] for row in rows], data.lengths[rows]
-            writing = writer.submit(store.write, shard, found, ids=ids, lengths=lengths)
-        if writing is not None:
-            writing.result()
+            if first():
+                writing = writer.submit(store.write, shard, found, ids=ids, lengths=lengths)
+        lead(settle)
     return store
+
+
+def is_finished(store: Store) -> bool:
+    """Whether a store is finished, by the first of several processes."""
+    return lead(lambda: store.finished)
+
+
+def begun(folder: Path, about: Header) -> Store:
+    """The store in `folder`, or a new one, which the first of several processes makes and writes."""
+    lead(lambda: Store.resume(folder, about) and None)
+    return Store.open(folder, about)
 
 
 def measured_error(

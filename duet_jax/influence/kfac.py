@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from duet_jax.distributed.place import map_rows
+from duet_jax.distributed.place import map_rows, readable
 from duet_jax.influence.features import Feature, Gradient, Moments, State
 from duet_jax.influence.gradients import CHUNK, ExampleGradients, Examples, program_of
 from duet_jax.influence.projections import Projection, blocks, product
@@ -134,6 +134,7 @@ def fit(
         return found, examples
 
     sums, examples = total(SecondMoments())
+    sums = readable(sums)
     curvature = {name: _decompose(factors, examples) for name, factors in sums.items()}
     if not corrected:
         return curvature

@@ -23,8 +23,10 @@ import numpy as np
 from jax import Array
 
 from duet_jax.data import Encoded, join
+from duet_jax.distributed.place import gathered
+from duet_jax.distributed.processes import lead, stop_if_told
 from duet_jax.errors import DataError
-from duet_jax.influence.build import PROJECTION, Batching, Point, Progress, Shared, header, silent
+from duet_jax.influence.build import PROJECTION, Batching, Point, Progress, Shared, begun, header, silent
 from duet_jax.influence.estimator import PAPER_CODE, Estimator, Weights, weights
 from duet_jax.influence.gradients import PLAIN
 from duet_jax.influence.quantise import RowFormat
@@ -146,15 +148,16 @@ def target_sketches(
     rows, owners, factors = _weighted_rows(prompts, samples, weights, gold)
     about = header(point, prompts, projection, PLAIN, template, row_format, shard_size)
     content = fingerprint((prompts.digest, rows.digest), factors)
-    store = Store.resume(folder, dataclasses.replace(about, loss="policy_gradient", data=content))
+    store = begun(folder, dataclasses.replace(about, loss="policy_gradient", data=content))
     program = dataclasses.replace(point.gradients, reduction="sum").sketch(projection)
-    shards = [store.bounds(shard) for shard in store.missing()]
+    missing = lead(store.missing)
+    shards = [store.bounds(shard) for shard in missing]
     of = int(np.count_nonzero(factors))
     done = of - sum(np.count_nonzero(factors[(owners >= start) & (owners < stop)]) for start, stop in shards)
     on_progress(int(done), of)
     most = max([samples.ids.shape[2], *(() if gold is None else gold.lengths - gold.prompt_lengths)])
     batching, params = covering(batching, prompts, most), llama.frozen(point.params, point.gradients.compute_dtype)
-    for shard, (start, stop) in zip(store.missing(), shards, strict=True):
+    for shard, (start, stop) in zip(missing, shards, strict=True):
         chosen = np.flatnonzero((factors != 0) & (owners >= start) & (owners < stop))
         # One height for all shards: one program.
         total = jnp.zeros((min(shard_size, len(prompts)), projection.k), jnp.float32)
@@ -163,10 +166,12 @@ def target_sketches(
             factor[: len(here), 0], owner[: len(here)] = factors[here], owners[here] - start
             found = program(params, point.lora, tokens, mask * factor)
             # Rows of a mesh come together on the device that adds them up.
-            total = _add_rows(total, jax.device_put(found.values, total.sharding), owner)
+            total = _add_rows(total, gathered(found.values, total.sharding), owner)
+            stop_if_told()
             done += len(here)
             on_progress(int(done), of)
-        store.write(shard, total[: stop - start], ids=prompts.ids[start:stop], lengths=prompts.lengths[start:stop])
+        ids, lengths = prompts.ids[start:stop], prompts.lengths[start:stop]
+        lead(store.write, shard, total[: stop - start], ids=ids, lengths=lengths)
     return store
 
 

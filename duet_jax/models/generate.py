@@ -14,6 +14,8 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
+from duet_jax.distributed.place import readable
+from duet_jax.distributed.processes import stop_if_told
 from duet_jax.models import slots as rows_
 from duet_jax.models.decoding import Decoder, unstack
 from duet_jax.models.llama import LlamaConfig, Params
@@ -247,8 +249,11 @@ class _Session:
         self.slots = rows_.admit(self.writer, self.slots, prefilled, lengths, rows, places, given)
 
     def _harvest(self) -> list[tuple]:
-        live = np.asarray(self.slots.live)
+        stop_if_told()
+        live = np.asarray(readable(self.slots.live))
         finished = [row for row in self.owners if not live[row]]
         slots = self.slots
-        arrays = jax.device_get((slots.count, slots.ended, slots.ids, slots.log_probs, slots.sampled_log_probs))
+        arrays = jax.device_get(
+            readable((slots.count, slots.ended, slots.ids, slots.log_probs, slots.sampled_log_probs))
+        )
         return [(self.owners.pop(row), *(array[row] for array in arrays)) for row in finished]

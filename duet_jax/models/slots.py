@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from duet_jax.distributed import rules
-from duet_jax.distributed.place import place_copied, place_rows, row_parts, spread
+from duet_jax.distributed.place import place_copied, place_rows, put, row_parts, spread
 from duet_jax.models import decoding
 from duet_jax.models.decoding import Cache, Decoder
 from duet_jax.models.llama import LlamaConfig
@@ -73,7 +73,7 @@ class Writer:
         """A decoder as steps read it."""
         if self.mesh is None:
             return decoder
-        return jax.device_put(decoder, rules.shardings(self.mesh, decoder, gathered=True))
+        return put(decoder, rules.shardings(self.mesh, decoder, gathered=True))
 
 
 @jax.tree_util.register_dataclass

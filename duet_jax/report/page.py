@@ -19,24 +19,27 @@ from duet_jax.errors import StudyError
 from duet_jax.report import figures
 from duet_jax.report.surrogate import Belief, believe
 from duet_jax.search.diagnostics import LEVELS, LeftOut
+from duet_jax.storage import Place
 from duet_jax.study import Study
 from duet_jax.trial import Trial, words
 
 
-def write_report(folder: str | Path, output: str | Path | None = None) -> Path:
+def write_report(folder: Place, output: str | Path | None = None) -> Path:
     """Writes the report of a study; the same study gives the same bytes.
 
     Args:
-      folder: the study directory.
+      folder: the study directory, or its address.
       output: the page's file; None: report.html in the study directory.
 
     Returns:
       The file written.
 
     Raises:
-      StudyError: there is no study, it is damaged, or the file cannot be written.
+      StudyError: there is no study, it is damaged, or the file cannot be written, or it needs a name.
     """
     study = Study.open(folder)
+    if output is None and study.remote:
+        raise StudyError(f"{study.address} is no folder for the report; give a file: --output FILE.")
     target = study.folder / "report.html" if output is None else Path(output)
     page = render(study)
     try:

@@ -20,6 +20,7 @@ import numpy as np
 from duet_jax._files import save_arrays
 from duet_jax.config import SelectorConfig
 from duet_jax.data import Encoded, join
+from duet_jax.distributed.processes import lead
 from duet_jax.errors import DataError
 from duet_jax.selection.losses import DETAILS, Losses, base_losses
 from duet_jax.selection.pool import Pool
@@ -131,7 +132,7 @@ def _told(
 ) -> list[np.ndarray]:
     """Scores of each domain; what they are made of is written, who has none and what length does to them is said."""
     details = {"base_loss": base.sums, "reference_loss": reference.sums, "response_tokens": base.tokens}
-    save_arrays(folder / DETAILS, details)
+    lead(save_arrays, folder / DETAILS, details)
     ends = np.cumsum([len(part) for part in pool.train])[:-1]
     rows = np.split(np.arange(len(data)), ends)
     for name, part in zip(pool.names, rows, strict=True):

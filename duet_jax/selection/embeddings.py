@@ -13,6 +13,7 @@ from jax import Array
 from duet_jax._files import save_array
 from duet_jax.config import SelectorConfig
 from duet_jax.data import join
+from duet_jax.distributed.processes import lead
 from duet_jax.errors import DataError
 from duet_jax.feedback.outside import load_function
 from duet_jax.models import llama
@@ -47,15 +48,19 @@ def embeddings(pool: Pool, selector: SelectorConfig, folder: Path) -> list[np.nd
         what = "the mean hidden states of the model"
     else:
         kept, what = folder / "given.npy", f"what {selector.embedding} gives"
-        if not kept.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            save_array(kept, _given(selector.embedding, pool.texts))
+        lead(_keep_given, kept, selector.embedding, pool.texts)
         found = np.load(kept, allow_pickle=False)
     wrong = ~np.isfinite(found).all(axis=1)
     if wrong.any():
         name = [identifier for part in pool.train for identifier in part.ids][int(wrong.argmax())]
         raise DataError(f"{what} is not finite for the example '{name}'; embeddings must be finite numbers")
     return np.split(found, np.cumsum([len(part) for part in pool.train])[:-1])
+
+
+def _keep_given(kept: Path, name: str, texts: list[str]) -> None:
+    if not kept.exists():
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        save_array(kept, _given(name, texts))
 
 
 def _mean_states(pool: Pool, folder: Path) -> np.ndarray:

@@ -19,6 +19,7 @@ import numpy as np
 from duet_jax._files import save_array
 from duet_jax.config import SelectorConfig
 from duet_jax.data import Encoded, join
+from duet_jax.distributed.processes import lead
 from duet_jax.influence import kfac
 from duet_jax.selection.pool import Pool
 from duet_jax.training.sft import Trainer
@@ -61,7 +62,7 @@ def _scores(
     folder.mkdir(parents=True, exist_ok=True)
     parts = [np.arange(first, min(first + PART, len(data))) for first in range(0, len(data), PART)]
     paths = [folder / f"scores-{part:05d}.npy" for part in range(len(parts))]
-    if not all(path.exists() for path in paths):
+    if not lead(lambda: all(path.exists() for path in paths)):
         rows = pool.sample(len(data), selector.warmup_examples, number)
         trained = pool.warm_up(trainer, data, rows, folder / "training", f"{name}, warm-up")
         point = pool.point(trainer, trained.trainable)
@@ -72,7 +73,7 @@ def _scores(
         query = kfac.precondition(curvature, mean, kfac.Damping(selector.damping))
         program, report = point.gradients.inner_products(), pool.progress(f"{name}, scores")
         for path, part in zip(paths, parts, strict=True):
-            if not path.exists():
-                save_array(path, point.each(program, data, part, pool.batching, targets=query)[:, 0])
+            if not lead(path.exists):
+                lead(save_array, path, point.each(program, data, part, pool.batching, targets=query)[:, 0])
             report(int(part[-1]) + 1, len(data))
     return np.concatenate([np.load(path, allow_pickle=False) for path in paths])

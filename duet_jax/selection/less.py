@@ -16,7 +16,8 @@ import numpy as np
 
 from duet_jax.config import SelectorConfig
 from duet_jax.data import Encoded, join
-from duet_jax.influence.build import measured_error, sketch
+from duet_jax.distributed.processes import lead
+from duet_jax.influence.build import is_finished, measured_error, sketch
 from duet_jax.influence.gradients import PLAIN
 from duet_jax.influence.scores import Checkpoint
 from duet_jax.selection.pool import Pool
@@ -51,11 +52,11 @@ def _sketched(pool: Pool, selector: SelectorConfig, stage: Stage, targets: Encod
         row_format=selector.row_format,
         on_progress=pool.progress(f"{stage.name}, targets"),
     )
-    if not store.finished:
+    if not is_finished(store):
         train = join(pool.train), stage.train
         error = measured_error(
             stage.point, train, (targets, store), pool.batching, feature=stage.feature, seed=pool.seed
         )
-        store.finish(error._asdict())
+        lead(store.finish, error._asdict())
         pool.say(f"less, {stage.name}: {error}")
     return Checkpoint(stage.train, store, stage.weight)

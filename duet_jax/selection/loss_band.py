@@ -9,6 +9,7 @@ import numpy as np
 from duet_jax._files import save_arrays
 from duet_jax.config import SelectorConfig
 from duet_jax.data import join
+from duet_jax.distributed.processes import lead
 from duet_jax.selection.losses import DETAILS, base_losses
 from duet_jax.selection.pool import Pool
 
@@ -29,7 +30,7 @@ def loss_band(pool: Pool, selector: SelectorConfig, folder: Path) -> list[np.nda
       float64 `[examples]` of each domain; -inf where the loss is not finite.
     """
     losses = base_losses(pool, join(pool.train), folder.parent)
-    save_arrays(folder / DETAILS, {"base_loss": losses.sums, "response_tokens": losses.tokens})
+    lead(save_arrays, folder / DETAILS, {"base_loss": losses.sums, "response_tokens": losses.tokens})
     found = []
     for name, part in zip(
         pool.names, np.split(losses.means, np.cumsum([len(x) for x in pool.train])[:-1]), strict=True

@@ -21,6 +21,7 @@ import numpy as np
 from duet_jax._files import save_array, save_arrays
 from duet_jax.data import Encoded, plan_forward
 from duet_jax.distributed.place import place, row_parts
+from duet_jax.distributed.processes import lead
 from duet_jax.feedback.likelihood import response_log_probs, response_tokens, scorer
 from duet_jax.models import llama
 from duet_jax.models.lora import Lora
@@ -87,15 +88,16 @@ def losses(
     for number, first in enumerate(range(0, len(plan), PART)):
         batches, part = plan[first : first + PART], parts / f"part-{number}.npy"
         chosen = np.concatenate([batch[2] for batch in batches])
-        if part.exists():
+        if lead(part.exists):
             on_batch(len(chosen))
         else:
             score = scorer(trainer.model, trainer.compute_dtype, trainer.mesh)
-            save_array(part, -response_log_probs(score, params, lora, data, batches, trainer.pad_id, on_batch))
+            values = response_log_probs(score, params, lora, data, batches, trainer.pad_id, trainer.mesh, on_batch)
+            lead(save_array, part, -values)
         sums[chosen] = np.load(part, allow_pickle=False)
     result = Losses(sums, response_tokens(data))
-    save_arrays(path, result._asdict())
-    shutil.rmtree(parts)
+    lead(save_arrays, path, result._asdict())
+    lead(shutil.rmtree, parts)
     return result
 
 
@@ -110,7 +112,7 @@ def base_losses(pool: Pool, data: Encoded, folder: Path) -> Losses:
 def kept(pool: Pool, data: Encoded, identity: str, folder: Path) -> Losses | None:
     """Finished losses under the model of that identity, or None: whoever would have to train it first asks here."""
     path = _path(pool, data, identity, folder)
-    if not path.is_file():
+    if not lead(path.is_file):
         return None
     with np.load(path, allow_pickle=False) as arrays:
         return Losses(arrays["sums"], arrays["tokens"])

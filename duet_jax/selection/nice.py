@@ -22,9 +22,10 @@ import numpy as np
 from duet_jax._files import save_array
 from duet_jax.config import PolicyConfig, SelectorConfig
 from duet_jax.data import Encoded, join
+from duet_jax.distributed.processes import lead
 from duet_jax.errors import DataError
 from duet_jax.feedback import Deployed
-from duet_jax.influence.build import measured_error, sketch
+from duet_jax.influence.build import is_finished, measured_error, sketch
 from duet_jax.influence.given import guided, labelled
 from duet_jax.influence.header import require_comparable
 from duet_jax.influence.policy_gradient import (
@@ -122,7 +123,7 @@ def _labels(asked: Asked, policy: PolicyConfig, prompts: Encoded) -> Labels | No
         return None
     responses = [example.response for example in asked.examples]
     rows = labelled(prompts, responses, asked.engine.model.tokenizer)
-    return Labels(asked.reward(responses, asked.examples), rows)
+    return Labels(lead(asked.reward, responses, asked.examples), rows)
 
 
 def _questions(asked: Asked, policy: PolicyConfig, prompts: Encoded, max_length: int) -> Questions:
@@ -140,9 +141,9 @@ def _weights(
     samples, norms = found.samples, None
     if policy.advantage == "optimal":
         path = at / "squared-norms.npy"
-        if not path.is_file():
+        if not lead(path.is_file):
             exact = squared_norms(stage.point, questions.prompts, samples, pool.batching, token_mean=policy.token_mean)
-            save_array(path, exact)
+            lead(save_array, path, exact)
         norms = np.load(path, allow_pickle=False)
     return weights(
         _estimator(policy, pool.asked.external is not None),
@@ -170,7 +171,7 @@ def _checkpoint(
         on_progress=pool.progress(f"{stage.name}, targets"),
     )
     require_comparable(stage.train.header, targets.header)
-    if not targets.finished:
+    if not is_finished(targets):
         data = join(pool.train)
         rows = replies(questions.prompts, found.samples)
         chosen = np.random.default_rng(pool.seed).permutation(len(rows))[:MEASURED]
@@ -180,7 +181,7 @@ def _checkpoint(
         error = measured_error(
             stage.point, (data, stage.train), (some, store), batching, feature=stage.feature, seed=pool.seed
         )
-        targets.finish(error._asdict())
+        lead(targets.finish, error._asdict())
         pool.say(f"nice, {stage.name}: {error}")
     return Checkpoint(stage.train, targets.take(), stage.weight)
 

@@ -12,7 +12,8 @@ import numpy as np
 
 from duet_jax._files import save_array
 from duet_jax.data import Batch, Encoded, gather_batch, plan_forward
-from duet_jax.distributed.place import row_parts
+from duet_jax.distributed.place import readable, row_parts
+from duet_jax.distributed.processes import lead, stop_if_told
 from duet_jax.selection.pool import Pool
 
 # Examples that are written together.
@@ -40,8 +41,8 @@ def each(pool: Pool, program: Program, data: Encoded, folder: Path, name: str) -
     report, found = pool.progress(name), []
     for number, first in enumerate(range(0, len(data), PART)):
         rows, path = order[first : first + PART], folder / f"part-{number:05d}.npy"
-        if not path.exists():
-            save_array(path, _part(pool, program, data.take(rows)))
+        if not lead(path.exists):
+            lead(save_array, path, _part(pool, program, data.take(rows)))
         found.append(np.load(path, allow_pickle=False))
         report(first + len(rows), len(data))
     result = np.empty((len(data), *found[0].shape[1:]), np.float32)
@@ -60,7 +61,8 @@ def _part(pool: Pool, program: Program, data: Encoded) -> np.ndarray:
     for length, size, rows in plan_forward(data.lengths, batching.buckets, batching.size, row_parts(pool.trainer.mesh)):
         lengths = np.zeros(size, np.int32)
         lengths[: len(rows)] = data.lengths[rows]
-        values = program(gather_batch(data, rows, length, size, batching.pad_id), lengths)
+        values = readable(program(gather_batch(data, rows, length, size, batching.pad_id), lengths))
+        stop_if_told()
         if waiting is not None:
             take(*waiting)
         waiting = rows, values

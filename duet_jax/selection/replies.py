@@ -16,6 +16,7 @@ import numpy as np
 from duet_jax._files import save_array, save_arrays
 from duet_jax.config import PolicyConfig
 from duet_jax.data import Encoded, Example
+from duet_jax.distributed.processes import lead
 from duet_jax.feedback import Deployed
 from duet_jax.feedback.rewards import Reward
 from duet_jax.influence.build import Progress
@@ -97,7 +98,7 @@ def judged(
         rows = np.arange(start, min(start + size, len(questions.prompts)))
         if external is None:
             path = folder / f"samples-{number:05d}.npz"
-            if not path.is_file():
+            if not lead(path.is_file):
                 sampled = model.sample(
                     questions.prompts.take(rows),
                     sampling(policy),
@@ -108,11 +109,11 @@ def judged(
                     stop_strings=policy.stop,
                     on_progress=more,
                 )
-                _save(path, sampled)
+                lead(_save, path, sampled)
             found.append(_load(path))
         else:
             found.append(_take(external, rows))
-        rewards.append(_rewards(folder / f"rewards-{number:05d}.npy", found[-1], questions, rows, reward))
+        rewards.append(lead(_rewards, folder / f"rewards-{number:05d}.npy", found[-1], questions, rows, reward))
         done += len(rows) * each
         on_progress(done, of)
     return Judged(_join(found), np.concatenate(rewards))

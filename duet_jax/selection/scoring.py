@@ -11,6 +11,7 @@ import numpy as np
 
 from duet_jax._files import save_array, write
 from duet_jax.config import SelectorConfig
+from duet_jax.distributed.processes import first, lead
 from duet_jax.errors import DataError
 from duet_jax.selection import diversity
 from duet_jax.selection.clear import clear
@@ -78,8 +79,8 @@ def score_with_details(pool: Pool, selector: SelectorConfig, folder: Path) -> Sc
     place = folder / f"{selector.kind}-{pool.digest(selector)[:16]}"
     kept = place / "scores.npy"
     place.mkdir(parents=True, exist_ok=True)
-    report = _Report(place / "report.txt", pool.say)
-    if not kept.is_file():
+    report = _Report(place / "report.txt", pool.say) if first() else pool.say
+    if not lead(kept.is_file):
         found = SELECTORS[selector.kind](dataclasses.replace(pool, say=report), selector, place)
         for name, examples, values in zip(pool.names, pool.train, found, strict=True):
             wrong = np.isnan(values) | (values == np.inf)
@@ -88,7 +89,7 @@ def score_with_details(pool: Pool, selector: SelectorConfig, folder: Path) -> Sc
                     f"domain '{name}': the score of the example '{examples.ids[int(wrong.argmax())]}' is not finite; "
                     f"leave it out, or lower training.learning_rate if its gradient overflows after the warm-up"
                 )
-        save_array(kept, np.concatenate(found).astype(np.float64))
+        lead(save_array, kept, np.concatenate(found).astype(np.float64))
     ends = np.cumsum([len(examples) for examples in pool.train])[:-1]
     details = {}
     if (place / DETAILS).is_file():

@@ -23,8 +23,9 @@ import numpy as np
 
 from duet_jax.config import SelectorConfig
 from duet_jax.data import Encoded, join
+from duet_jax.distributed.processes import lead
 from duet_jax.influence import scores
-from duet_jax.influence.build import Point, sketch
+from duet_jax.influence.build import Point, is_finished, sketch
 from duet_jax.influence.features import Adam, moments
 from duet_jax.influence.projections import CountSketch
 from duet_jax.influence.scores import LESS_CODE, LESS_PAPER, Checkpoint, checkpoint_weights
@@ -84,8 +85,8 @@ def stages(pool: Pool, selector: SelectorConfig, folder: Path) -> Iterator[Stage
             row_format=selector.row_format,
             on_progress=pool.progress(f"{epoch.name}, training"),
         )
-        if not train.finished:
-            train.finish()
+        if not is_finished(train):
+            lead(train.finish)
         yield Stage(epoch.name, point, train, weight, feature, projection)
 
 
@@ -130,9 +131,9 @@ def _train(pool: Pool, trainer: Trainer, data: Encoded, most: int | None, folder
         with Checkpoints(_epochs(folder, epochs)[step // each - 1] / "state", {}) as checkpoints:
             checkpoints.save(step, state, {})
 
-    if not (folder / "trained").exists():
+    if not lead((folder / "trained").exists):
         pool.warm_up(trainer, data, rows, folder / "training", "warm-up", keep)
-        (folder / "trained").touch()
+        lead((folder / "trained").touch)
     return ends
 
 

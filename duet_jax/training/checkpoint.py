@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from duet_jax.distributed.processes import lead
 from duet_jax.errors import ModelError
 
 
@@ -17,7 +18,8 @@ class Checkpoints:
     """The latest state of one training, in a folder of its own.
 
     A checkpoint appears whole or not at all (orbax writes beside it and renames), and the one before it is
-    removed only then.
+    removed only then. Of several processes each writes and reads the parts of its own devices, in a folder that all
+    of them see.
 
     Args:
       folder: made when missing.
@@ -47,7 +49,7 @@ class Checkpoints:
 
         A step that is there already stays: a training that was killed and goes on comes by with the same bits.
         """
-        if step in self._manager.all_steps():
+        if lead(lambda: step in self._manager.all_steps()):
             return
         about = {"identity": self._identity, "progress": dict(progress)}
         self._manager.save(
@@ -69,7 +71,7 @@ class Checkpoints:
         Raises:
           ModelError: the checkpoint is of another model or of other data.
         """
-        step = self._manager.latest_step()
+        step = lead(self._manager.latest_step)
         if step is None:
             return None
         found = self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))

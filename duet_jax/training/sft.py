@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 
 from duet_jax.data import Batch, Encoded, gather_batch
 from duet_jax.distributed import rules
-from duet_jax.distributed.place import map_rows, place
+from duet_jax.distributed.place import map_rows, own_rows, place
 from duet_jax.kernels.linear_cross_entropy import linear_cross_entropy
 from duet_jax.models import llama
 from duet_jax.models import lora as adapters
@@ -318,9 +318,8 @@ class Trainer:
             batch: Batch = gather_batch(data, rows, length, self.settings.drawn, self.pad_id)
             # Rows of padding, whose index is -1, get some loss; that they have no scored token tells them apart.
             extra = () if reference is None else (reference[batch.index],)
-            return self.step(
-                state, base, dials, batch.tokens, batch.loss_mask, rates[number], key, np.int32(number), *extra
-            )
+            tokens, mask = own_rows((batch.tokens, batch.loss_mask), self.mesh)
+            return self.step(state, base, dials, tokens, mask, rates[number], key, np.int32(number), *extra)
 
         def finish(number: int, metrics: Metrics) -> None:
             nonlocal finished

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from duet_jax.data import plan_batches
 from duet_jax.distributed.place import constrain, spread
+from duet_jax.distributed.processes import Stopped, deferring, stopping
 from duet_jax.models import llama
 from duet_jax.models.lora import Lora
 from duet_jax.training.optimiser import adam
@@ -112,6 +113,8 @@ def drive(
 ) -> TrainState:
     """Takes the steps that are missing; the device never waits for the host to read a step's metrics.
 
+    Told to stop, it ends after the step it is at, which then has a checkpoint like the last one.
+
     Args:
       state: after `done` of `steps` steps.
       every: steps between checkpoints; there is one after the last step, too.
@@ -119,17 +122,24 @@ def drive(
       finish: reads the metrics of the step of that number, when the next one is under way or before a checkpoint.
       after: is given the number of steps done and the state, which the next step takes over.
       save: writes a checkpoint of the same; None: there are none.
+
+    Raises:
+      Stopped: by SIGTERM, see `distributed.processes`.
     """
     last: tuple[int, Any] | None = None
-    for number in range(done, steps):
-        state, metrics = advance(number, state)
-        if last is not None:
-            finish(*last)
-        last = number, metrics
-        after(number + 1, state)
-        if number + 1 == steps or (save is not None and (number + 1) % every == 0):
-            finish(*last)
-            last = None
-            if save is not None:
-                save(number + 1, state)
+    with deferring():
+        for number in range(done, steps):
+            state, metrics = advance(number, state)
+            if last is not None:
+                finish(*last)
+            last = number, metrics
+            after(number + 1, state)
+            stop = stopping()
+            if stop or number + 1 == steps or (save is not None and (number + 1) % every == 0):
+                finish(*last)
+                last = None
+                if save is not None:
+                    save(number + 1, state)
+            if stop:
+                raise Stopped
     return state

@@ -1,12 +1,14 @@
 """What the library computes on meshes of virtual devices and on one of them, for `test_spread.py` to compare.
 
 Run as `python spread_programs.py OUT MESH:PART ...`, a mesh being its sizes, as in `2,2,2:lora`, or the word `one`.
-Writes arrays by name.
+Writes arrays by name. One of several processes is told by the variable DUET_CLUSTER: HOST:PORT,N,I; the first writes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
 import sys
 import time
@@ -25,9 +27,10 @@ from duet_jax._decode import decode
 from duet_jax.config import AXES, LoraSettings, MeshConfig, SelectConfig, TrainingConfig
 from duet_jax.data import Domain, Encoded, Example
 from duet_jax.data.characters import CharacterTokenizer
+from duet_jax.distributed import processes
 from duet_jax.distributed.mesh import make_mesh
-from duet_jax.distributed.place import place, place_rows
-from duet_jax.errors import ConfigError
+from duet_jax.distributed.place import place, place_rows, readable
+from duet_jax.errors import ConfigError, StudyError
 from duet_jax.feedback import Deployed, Engine
 from duet_jax.feedback.harness.scoring import score_continuations
 from duet_jax.influence.gradients import ExampleGradients
@@ -37,6 +40,7 @@ from duet_jax.models import llama, slots
 from duet_jax.models import lora as adapters
 from duet_jax.models.sampling import Sampling
 from duet_jax.select import select
+from duet_jax.training.checkpoint import Checkpoints
 from duet_jax.training.sft import Trainer
 
 TOKENIZER = CharacterTokenizer("abcdefghijklmnopqrstuvwxyz .,?!ABCDEFGHIJKLM")
@@ -73,7 +77,7 @@ def trainer(mesh: Mesh | None, **changes: Any) -> Trainer:
 
 def flat(tree: Any, prefix: str) -> Found:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {prefix + jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+    return {prefix + jax.tree_util.keystr(path): np.asarray(readable(leaf)) for path, leaf in leaves}
 
 
 def largest_shard(tree: Any) -> float:
@@ -98,6 +102,14 @@ def training(mesh: Mesh | None, folder: Path, method: str) -> Found:
     return found | flat(trained.trainable, "trained")
 
 
+def restored(mesh: Mesh | None) -> Found:
+    """What a training of any number of devices left, in the folder that DUET_TRAINED names."""
+    with Checkpoints(Path(os.environ["DUET_TRAINED"]), {}) as checkpoints:
+        found = checkpoints.restore(trainer(mesh).start(jax.random.key(9)))
+    assert found is not None
+    return {"step": found[0], "share": largest_shard(found[1])} | flat(found[1].trainable, "trained")
+
+
 def batch() -> tuple[np.ndarray, np.ndarray]:
     """Tokens and weights of sequences that predict different tokens."""
     rng = np.random.default_rng(1)
@@ -112,7 +124,8 @@ def sketches(mesh: Mesh | None, target: str, *, micro: int | None = None) -> Fou
     lora = None if target == "full" else adapters.Lora(factors, lora.scale)
     out = kind.sketch(CountSketch(256, 7))(params(), lora, *batch())
     share = largest_shard(out.values)
-    return {"sketches": np.asarray(out.values), "losses": np.asarray(out.losses), "share": share}
+    values, losses = map(np.asarray, readable((out.values, out.losses)))
+    return {"sketches": values, "losses": losses, "share": share}
 
 
 def moments(mesh: Mesh | None) -> Found:
@@ -236,17 +249,50 @@ PARTS = {
     "hlo": lambda mesh, folder: hlo(mesh),
     "less": lambda mesh, folder: selection(mesh, folder),
     "choices": lambda mesh, folder: choices(),
+    "restored": lambda mesh, folder: restored(mesh),
+    "told": lambda mesh, folder: told(mesh),
 }
 
 
+def told(mesh: Mesh | None) -> Found:
+    """What the first process says to all, and what becomes of an error of it."""
+    number = jax.process_index()
+    long = processes.lead(lambda: "x" * 20_000 + str(number))
+    nested = processes.lead(lambda: processes.lead(lambda: number) + 1)
+    try:
+        processes.lead(lambda: decode(MeshConfig, {"data": 0}))
+    except ConfigError as error:
+        said = str(error)
+    with processes.led(lambda: contextlib.nullcontext(number)) as entered:
+        heard = np.array([entered if entered is not None else -1])
+    try:
+        processes.require_shared(Path(__file__ if processes.first() else "nowhere"))
+        missed = ""
+    except StudyError as error:
+        missed = str(error)
+    rows = np.arange(4 * jax.device_count(), dtype=np.float32)
+    whole = np.asarray(readable(place_rows(mesh, rows) * 2))
+    found = {"long": len(long), "last": long[-1], "nested": nested, "said": said, "missed": missed}
+    return found | {"entered": heard, "whole": whole}
+
+
 def main(out: str, *runs: str) -> None:
+    processes.start(*cluster())
     found = {}
     for run in runs:
         mesh, part = run.split(":")
         arrays = PARTS[part](mesh_of(mesh), Path(out).with_suffix("") / f"{mesh}-{part}")
         found |= {f"{run} {key}": value for key, value in arrays.items()}
         print(f"{run}: {time.process_time():.0f} s of CPU so far", flush=True)
-    np.savez(out, **found)
+    if processes.first():
+        np.savez(out, **found)
+
+
+def cluster() -> tuple[Any, ...]:
+    if "DUET_CLUSTER" not in os.environ:
+        return ()
+    address, count, number = os.environ["DUET_CLUSTER"].split(",")
+    return address, int(count), int(number)
 
 
 if __name__ == "__main__":

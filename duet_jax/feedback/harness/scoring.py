@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from duet_jax.data import Encoded, gather_batch, plan_batches
-from duet_jax.distributed.place import map_rows, row_parts
+from duet_jax.distributed.place import map_rows, readable, row_parts
 from duet_jax.feedback.deployed import Deployed
 from duet_jax.kernels.linear_cross_entropy import dot, token_predictions
 from duet_jax.models import llama
@@ -109,7 +109,7 @@ def score_continuations(
         pending.append((chosen, score(model.params, model.lora, batch.tokens, batch.loss_mask, lengths, last)))
     found: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
     for chosen, results in pending:
-        values, greedy = jax.device_get(results)
+        values, greedy = jax.device_get(readable(results))
         for i, row in enumerate(chosen):
             for j, pair in enumerate(members[row]):
                 found[pair] = float(values[i, j]), bool(greedy[i, j])

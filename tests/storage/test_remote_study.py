@@ -1,0 +1,425 @@
+"""A study in an object store: nothing is told twice or lost, whoever is fast, late or dead."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from duet_jax import cli, duet, kept, leases, proposals, workers
+from duet_jax import config as configs
+from duet_jax.config import StudyConfig
+from duet_jax.display import Display
+from duet_jax.errors import FeedbackError, Overtaken, StudyError
+from duet_jax.report import write_report
+from duet_jax.study import Study
+from duet_jax.trial import Trial
+
+HALVES = {"a": 0.5, "b": 0.5}
+
+
+def make_config(**changes: Any) -> StudyConfig:
+    domains = [{"name": "a", "source": "a.jsonl"}, {"name": "b", "source": "b.jsonl"}]
+    values = {"name": "small", "budget": 16, "rounds": 3, "model": {"scratch": {}}, "data": {"domains": domains}}
+    values |= {"training": {"learning_rate": 0.001}, "task": {"kind": "command", "command": ["true"]}}
+    return configs.from_dict({**values, **changes})
+
+
+class Watched:
+    """An object store that does something before a write, as another process might."""
+
+    def __init__(self, store: Any):
+        self.store = store
+        self.before: list[Callable[[], Any]] = []
+
+    def put(self, *args: Any, **options: Any) -> Any:
+        if self.before:
+            self.before.pop()()
+        return self.store.put(*args, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.store, name)
+
+
+@pytest.fixture
+def place(memory: Any) -> Watched:
+    return Watched(memory)
+
+
+def objects(store: Any) -> Any:
+    from duet_jax.storage.objects import Objects
+
+    return Objects(store, "s3://bucket/study")
+
+
+@pytest.fixture
+def studies(place: Watched, memory: Any) -> tuple[Study, Study]:
+    """One study as two processes see it; before the first one's writes something may happen."""
+    return Study.create(objects(place), make_config()), Study.open(objects(memory))
+
+
+def add(study: Study, worker: str | None = None) -> Trial:
+    return study.new_trial(mixture=HALVES, counts={"a": 8, "b": 8}, proposal=None, seeds={}, worker=worker)
+
+
+def test_what_one_process_writes_the_other_reads(studies: tuple[Study, Study]) -> None:
+    one, other = studies
+    trial = add(one, "one")
+    assert other.trials() == [trial] and other.config == one.config
+    told = other.tell(0, 2.0, 0.5)
+    assert one.trials() == [told] and one.completed() == [told]
+    one.note_sizes({"a": 7, "b": 9})
+    with pytest.raises(StudyError, match="the study in s3://bucket/study began"):
+        other.note_sizes({"a": 7, "b": 8})
+    with pytest.raises(FeedbackError, match="There is no trial 1 in s3://bucket/study; its trials are 0 to 0"):
+        other.tell(1, 1.0)
+
+
+def test_a_study_is_begun_once(memory: Any, place: Watched) -> None:
+    assert not Study.exists(objects(memory))
+    with pytest.raises(StudyError, match="There is no study in s3://bucket/study"):
+        Study.open(objects(memory))
+    # Another process is faster between this one's look and its write.
+    place.before = [lambda: Study.create(objects(memory), make_config(rounds=5))]
+    begun = Study.begin(objects(place), make_config(rounds=5))
+    assert begun.config.rounds == 5 and not place.before
+    with pytest.raises(StudyError, match="these fields differ: budget"):
+        Study.begin(objects(memory), make_config(budget=17))
+    assert Study.begin(objects(memory), make_config(rounds=7)).config.rounds == 7
+    assert Study.open(objects(place)).config.rounds == 7
+
+
+def test_a_place_with_other_objects_is_no_study(memory: Any) -> None:
+    memory.put("letter.txt", b"dear")
+    with pytest.raises(StudyError, match="holds other files, such as letter.txt"):
+        Study.begin(objects(memory), make_config())
+
+
+def test_a_number_is_given_to_one_trial(place: Watched, studies: tuple[Study, Study]) -> None:
+    one, other = studies
+    place.before = [lambda: add(other, "other")]
+    with pytest.raises(FileExistsError):
+        add(one, "one")
+    assert [trial.worker for trial in one.trials()] == ["other"]
+
+
+def test_a_change_that_was_overtaken_is_made_on_what_is_there(place: Watched, studies: tuple[Study, Study]) -> None:
+    one, other = studies
+    trial = add(one)
+    place.before = [lambda: other.tell(0, 1.0)]
+    changed = one.update(trial, stage="trained", training={"loss": 2.0})
+    assert (changed.status, changed.stage, changed.training) == ("completed", "scored", {"loss": 2.0})
+    assert changed.feedback is not None and changed.feedback["value"] == 1.0 and other.trials() == [changed]
+
+
+def test_of_two_tellers_one_is_heard(place: Watched, studies: tuple[Study, Study]) -> None:
+    one, other = studies
+    trial = add(one)
+    place.before = [lambda: other.tell(0, 1.0)]
+    with pytest.raises(FeedbackError, match="has its feedback already: 1.0"):
+        one.tell(trial, 2.0)
+    assert [trial.feedback["value"] for trial in one.trials() if trial.feedback] == [1.0]
+
+
+def test_a_holder_that_slept_between_look_and_write_is_refused(place: Watched, studies: tuple[Study, Study]) -> None:
+    one, other = studies
+    trial = add(one, "one")
+    reports: list[Callable[[Trial], Any]] = [
+        lambda trial: one.tell(trial, 1.0),
+        lambda trial: one.update(trial, stage="trained"),
+        lambda trial: one.abandon(trial, "not finite"),
+        lambda trial: one.claim(trial, "one"),
+    ]
+    for report in reports:
+        # The report has read the trial as its own, and another worker claims it before the write.
+        place.before = [lambda: other.claim(other.trials()[0], "two")]
+        with pytest.raises(Overtaken, match="Trial 0 of s3://bucket/study was taken over by two"):
+            report(trial)
+        trial = one.trials()[0]
+        assert trial.worker == "two" and trial.status == "pending" and trial.stage == "proposed"
+
+
+def test_a_trial_that_was_told_is_not_claimed(studies: tuple[Study, Study]) -> None:
+    one, other = studies
+    trial = add(one, "gone")
+    other.tell(0, 1.0)
+    with pytest.raises(Overtaken, match="Trial 0 is completed by now"):
+        one.claim(trial, "one")
+
+
+def until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_worker_is_gone_when_it_ended_or_is_silent(
+    studies: tuple[Study, Study], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases, "BEAT", 0.01)
+    monkeypatch.setattr(workers, "SILENCE", 0.3)
+    study, other = studies
+    with workers.join(study, "one") as one:
+        assert one.gone(None) and one.gone("one") and one.gone("never there")
+        with workers.join(other, "two"):
+            assert not one.gone("two")
+            time.sleep(0.4)
+            assert not one.gone("two"), "its heart beats"
+            monkeypatch.setattr(leases, "BEAT", 600.0)
+            until(lambda: one.gone("two"))
+            monkeypatch.setattr(leases, "BEAT", 0.01)
+        assert one.gone("two")
+    with workers.join(study, "one") as one, workers.join(other, "two"):
+        assert not one.gone("two"), "both are back, without waiting"
+
+
+def test_a_name_that_is_used_is_refused(studies: tuple[Study, Study], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leases, "BEAT", 0.05)
+    said: list[str] = []
+    with workers.join(studies[0], "one") as one:
+        with pytest.raises(StudyError, match=r"s3://bucket/study has a worker one \(process \d+ on .*another name"):
+            workers.join(studies[1], "one", said.append).__enter__()
+        one.check()
+    assert len(said) == 1 and "the study knows a worker one (process" in said[0]
+
+
+def test_a_name_that_is_silent_is_taken_over(studies: tuple[Study, Study], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leases, "BEAT", 0.02)
+    study, other = studies
+    asleep = leases.Lease(study.storage, "one")
+    asleep.take(lambda line: None)
+    trial = add(study, "one")
+    with workers.join(other, "one") as one:
+        asleep.beat()
+        one.check()
+        with pytest.raises(StudyError, match="has a worker one"):
+            asleep.check()
+        asleep.beat(ended=True)
+        one.check()
+        assert one.gone(trial.worker), "what it had under this name is to be taken up"
+        claimed = other.claim(trial, "one")
+        with pytest.raises(Overtaken):
+            study.tell(trial, 1.0)
+    assert study.tell(claimed, 2.0).claim == 2
+
+
+def test_of_two_that_take_over_a_name_one_gets_it(
+    place: Watched, studies: tuple[Study, Study], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases, "BEAT", 0.02)
+    dead, two = (leases.Lease(study.storage, "one") for study in studies)
+    dead.take(lambda line: None)
+    place.before = [lambda: two.take(lambda line: None)]
+    three = leases.Lease(studies[0].storage, "one")
+    with pytest.raises(StudyError, match="has a worker one"):
+        three.take(lambda line: None)
+    two.check()
+
+
+def test_a_store_that_heeds_no_conditions_is_refused(memory: Any) -> None:
+    class Careless(Watched):
+        def put(self, *args: Any, mode: Any = None, **options: Any) -> Any:
+            return self.store.put(*args, **options)
+
+    study = Study.create(objects(Careless(memory)), make_config())
+    with pytest.raises(StudyError, match="s3://bucket/study heeds no conditions on writes"):
+        workers.join(study, "one").__enter__()
+
+
+def test_a_heart_beats_on_after_the_store_was_out_of_reach(
+    place: Watched, studies: tuple[Study, Study], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases, "BEAT", 0.01)
+
+    def lost() -> None:
+        raise StudyError("no network")
+
+    with workers.join(studies[0], "one"):
+        place.before = [lost] * 3
+        until(lambda: not place.before)
+        seen = leases.heartbeat(studies[1].storage, "one")
+        until(lambda: leases.heartbeat(studies[1].storage, "one") != seen)
+
+
+def stub(study: Study, search: Any, trials: list[Trial]) -> dict[str, Any]:
+    return {"mixture": HALVES, "counts": {"a": 8, "b": 8}, "settings": {}, "proposal": None, "seeds": {}}
+
+
+def test_workers_do_all_rounds_and_no_more(
+    memory: Any, studies: tuple[Study, Study], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each process opens trials as fast as it can."""
+    monkeypatch.setattr(proposals, "_propose", stub)
+    monkeypatch.setattr(proposals, "PAUSE", 0.001)
+    monkeypatch.setattr(proposals, "LONG_PAUSE", 0.001)
+    rounds, done, failures = 30, [], []
+
+    def work(name: str) -> None:
+        try:
+            study = Study.open(objects(memory), make_config(rounds=rounds))
+            with workers.join(study, name) as me, Display(rounds, quiet=True) as display:
+                while (trial := proposals.next_trial(study, None, me, display)) is not None:  # type: ignore[arg-type]
+                    trial = study.update(trial, stage="trained", training={"loss": 1.0})
+                    study.tell(trial, float(trial.trial))
+                    done.append(trial.trial)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in "abcd"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures and sorted(done) == list(range(rounds))
+    trials = studies[0].trials()
+    assert [trial.status for trial in trials] == ["completed"] * rounds and {trial.claim for trial in trials} == {1}
+
+
+def test_a_claim_finds_the_checkpoints_of_its_own_machine(
+    studies: tuple[Study, Study], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    one, other = studies
+    first = add(one, "one")
+    (kept.checkpoints(one, first) / "step").mkdir(parents=True)
+    second = one.claim(first, "two")
+    kept.inherit(one, second)
+    assert (kept.checkpoints(one, second) / "step").exists()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another machine"))
+    third = other.claim(second, "three")
+    kept.inherit(other, third)
+    assert not kept.checkpoints(other, third).exists() and other.folder != one.folder
+
+
+def test_steps_of_a_trained_trial_are_shared(
+    studies: tuple[Study, Study], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    one, other = studies
+    trial = add(one, "one")
+    one.append_metrics([{"trial": 0, "step": 1, "worker": "one", "claim": 1, "loss": 2.0}])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another machine"))
+    assert other.metrics() == []
+    one.share_metrics(trial)
+    assert other.metrics() == one.metrics() and other.metrics()[0]["loss"] == 2.0
+    trial = other.claim(trial, "two")
+    other.append_metrics([{"trial": 0, "step": 1, "worker": "two", "claim": 2, "loss": 1.0}])
+    other.share_metrics(trial)
+    assert [row["loss"] for row in one.metrics()] == [1.0], "the last claim counts"
+
+
+def test_the_best_model_is_published_as_a_whole(studies: tuple[Study, Study]) -> None:
+    one, other = studies
+    assert kept.published(other) is None
+    (one.folder / "best_model").mkdir()
+    (one.folder / "best_model" / "config.json").write_text("{}")
+    kept.publish(one, 3)
+    assert kept.published(other) == 3 and other.storage.read("best_model/0003/config.json")[0] == b"{}"
+    other.storage.write("best_model.json", b"{")
+    with pytest.raises(StudyError, match="best_model.json is damaged; delete it"):
+        kept.published(one)
+
+
+def test_who_publishes_the_best_model(studies: tuple[Study, Study], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(duet, "LONG_PAUSE", 0.01)
+    monkeypatch.setattr(leases, "BEAT", 0.01)
+    study, other = studies
+    trial = add(study, "two")
+    with workers.join(study, "one") as one, Display(3, quiet=True) as display:
+        with workers.join(other, "two") as two:
+            assert duet._is_ours(other, trial, two, display)
+            timer = threading.Timer(0.1, lambda: other.storage.write("best_model.json", b'{"trial": 0}'))
+            timer.start()
+            assert not duet._is_ours(study, trial, one, display), "two is there, and writes it"
+            other.storage.write("best_model.json", b'{"trial": 1}')
+        assert duet._is_ours(study, trial, one, display), "two has ended, and wrote another one"
+
+
+@pytest.mark.parametrize(
+    ("worker", "task", "sentence"),
+    [
+        (
+            None,
+            {"kind": "command", "command": ["true"]},
+            "gs://bucket/x has no locks for a run alone; .* --worker NAME",
+        ),
+        (
+            "one",
+            {"kind": "external"},
+            "kind 'external' are handed over in the study's folder, which gs://bucket/x is not",
+        ),
+    ],
+)
+def test_runs_that_need_a_folder(worker: str | None, task: dict[str, Any], sentence: str) -> None:
+    pytest.importorskip("obstore")
+    with pytest.raises(StudyError, match=sentence):
+        duet.run(make_config(task=task), "gs://bucket/x", quiet=True, worker=worker)
+
+
+def test_a_report_needs_a_file(studies: tuple[Study, Study], tmp_path: Path) -> None:
+    with pytest.raises(StudyError, match="s3://bucket/study is no folder for the report; give a file: --output FILE"):
+        write_report(studies[0].storage)
+    assert "small" in write_report(studies[0].storage, tmp_path / "page.html").read_text()
+
+
+@pytest.mark.slow
+def test_commands_on_a_server(s3: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    study = Study.create(s3, make_config())
+    add(study)
+    assert cli.main(["tell", s3, "0", "0.5"]) == 0 and cli.main(["info", s3, "--json"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("trial 0: feedback 0.5 recorded, 1 of 3 rounds have feedback\n")
+    found = json.loads(printed[printed.index("{") :])
+    assert found["study"] == s3 and found["trials"][0]["feedback"]["value"] == 0.5
+    assert cli.main(["report", s3, "--output", str(tmp_path / "page.html")]) == 0
+    assert cli.main(["tell", s3, "0", "1"]) == 2 and "feedback already: 0.5" in capsys.readouterr().err
+
+
+WALK = {"letters": 6, "length": 8, "examples": 300}
+
+
+@pytest.mark.slow
+def test_a_run_on_three_machines(memory: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The first one ends in its first training, the second one does all, and for the third one nothing is left."""
+    domain = {"source": "synthetic:walk", "options": WALK}
+    config = make_config(
+        budget=96,
+        model={"scratch": {"hidden_size": 32, "intermediate_size": 48, "num_layers": 1}},
+        data={"max_length": 16, "buckets": [16], "domains": [{**domain, "name": "a"}, {**domain, "name": "b"}]},
+        training={"method": "full", "learning_rate": 0.01, "batch_size": 8, "checkpoint_every": 2},
+        task={"kind": "response_loss", "source": "synthetic:walk", "options": {**WALK, "examples": 32}},
+        search={"initial": 3},
+    )
+    alone = duet.run(config, tmp_path / "folder", quiet=True)
+    expected = Study.open(tmp_path / "folder").trials()
+
+    def run(machine: str) -> duet.Result:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / machine))
+        return duet.run(config, objects(memory), quiet=True, worker=machine)
+
+    real = Study.append_metrics
+
+    def stop(self: Study, rows: Any) -> None:
+        real(self, rows)
+        if rows[0]["step"] == 5:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Study, "append_metrics", stop)
+        run("one")
+    assert run("two") == alone
+    study = Study.open(objects(memory))
+    trials = study.trials()
+    assert [trial.feedback for trial in trials] == [trial.feedback for trial in expected]
+    assert [(trial.worker, trial.claim) for trial in trials] == [("two", 2), ("two", 1), ("two", 1)]
+    rows = study.metrics()
+    assert [(row["trial"], row["step"]) for row in rows] == [(i, step) for i in range(3) for step in range(1, 13)]
+    assert {row["worker"] for row in rows} == {"two"}, "the first trial was trained anew"
+    assert run("three") == alone
+    assert not list(tmp_path.glob("three/**/metrics*")) and kept.published(study) == alone.trial
+    model = study.storage.read(f"best_model/{alone.trial:04d}/model.safetensors")[0]
+    assert model == (tmp_path / "folder" / "best_model" / "model.safetensors").read_bytes()
