@@ -6,7 +6,7 @@ from typing import Any
 
 from duet_jax import __version__
 from duet_jax.serve.chat import LONGEST_KEY, LONGEST_MESSAGE
-from duet_jax.serve.ratings import LONGEST_NAME
+from duet_jax.serve.ratings import LONGEST_NAME, MOST_SECONDS, MOST_WORDS
 
 ERROR = {
     "description": "Refused; the sentence says why.",
@@ -20,6 +20,7 @@ ERROR = {
 
 def describe(stars: int) -> dict[str, Any]:
     """The document of a study whose best rating is `stars`."""
+    # Of printable characters alone, which no pattern says that all programs read alike.
     name = {"type": "string", "minLength": 1, "maxLength": LONGEST_NAME}
     star = {"type": "integer", "minimum": 1, "maximum": stars}
     vote = {
@@ -35,8 +36,18 @@ def describe(stars: int) -> dict[str, Any]:
                 **_nullable(name),
                 "description": "What was rated. A later rating of it by the same rater replaces the earlier.",
             },
-            "seconds": {"type": ["number", "null"], "minimum": 0, "description": "From the first word to the rating."},
-            "words": {"type": ["integer", "null"], "minimum": 0, "description": "Of what was rated."},
+            "seconds": {
+                "type": ["number", "null"],
+                "minimum": 0,
+                "exclusiveMaximum": MOST_SECONDS,
+                "description": "From the first word to the rating.",
+            },
+            "words": {
+                "type": ["integer", "null"],
+                "minimum": 0,
+                "exclusiveMaximum": MOST_WORDS,
+                "description": "Of what was rated.",
+            },
         },
     }
     conversation = {"name": "conversation", "in": "path", "required": True, "schema": {"type": "string"}}

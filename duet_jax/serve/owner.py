@@ -16,7 +16,7 @@ from duet_jax.serve.chat import Replies
 from duet_jax.serve.guard import Guard, Refusal, body
 from duet_jax.serve.limits import Rate
 from duet_jax.serve.panel import Panel, estimate
-from duet_jax.serve.ratings import Ratings, Vote, check
+from duet_jax.serve.ratings import Ratings, Vote, check, is_whole
 from duet_jax.serve.telling import people_of, rated, raters, tell
 from duet_jax.serve.tokens import Tokens
 from duet_jax.study import Study
@@ -42,10 +42,10 @@ class Owner:
         """Takes a rating from a program that has the trial's token."""
         sent = await body(request)
         number = sent.get("trial")
-        if not isinstance(number, int) or isinstance(number, bool) or number < 0:
+        if number is None or not is_whole(number) or number < 0:
             raise Refusal(422, "The field trial must be the number of a trial, from 0.")
-        self._guard.require_trial(request, number)
-        wait = self._reported.wait(str(number))
+        self._guard.require_trial(request, int(number))
+        wait = self._reported.wait(str(int(number)))
         if wait:
             raise Refusal(429, "Ratings of this trial come too fast; try again.", wait)
         vote = check(sent, self._people.stars, "api")

@@ -22,6 +22,7 @@ import filelock
 from duet_jax.errors import FeedbackError, StudyError
 
 LONGEST_NAME = 128
+MOST_SECONDS, MOST_WORDS = 10**9, 2**31
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,27 +68,32 @@ def check(fields: Any, stars: int, source: str) -> Vote:
             raise FeedbackError(f"A rating has no {name}; it needs key, trial and stars.")
     rules = {
         "key": (_is_name, f"a text of 1 to {LONGEST_NAME} characters"),
-        "trial": (lambda x: _is_whole(x) and x >= 0, "the number of a trial, from 0"),
-        "stars": (lambda x: _is_whole(x) and 1 <= x <= stars, f"a whole number from 1 to {stars}"),
+        "trial": (lambda x: is_whole(x) and x >= 0, "the number of a trial, from 0"),
+        "stars": (lambda x: is_whole(x) and 1 <= x <= stars, f"a whole number from 1 to {stars}"),
         "rater": (lambda x: x is None or _is_name(x), f"a text of 1 to {LONGEST_NAME} characters, or null"),
         "item": (lambda x: x is None or _is_name(x), f"a text of 1 to {LONGEST_NAME} characters, or null"),
         "seconds": (lambda x: x is None or _is_amount(x), "a number of at least 0, or null"),
-        "words": (lambda x: x is None or (_is_whole(x) and 0 <= x < 2**31), "a whole number of at least 0, or null"),
+        "words": (
+            lambda x: x is None or (is_whole(x) and 0 <= x < MOST_WORDS),
+            "a whole number of at least 0, or null",
+        ),
     }
     for name, value in fields.items():
         holds, rule = rules[name]
         if not holds(value):
             raise FeedbackError(f"A rating's {name} is {_shown(value)}; it must be {rule}.")
-    return Vote(**fields, source=source)
+    whole = {name: int(fields[name]) for name in ("trial", "stars", "words") if fields.get(name) is not None}
+    return Vote(**{**fields, **whole}, source=source)
 
 
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def is_whole(value: Any) -> bool:
+    """Whether a value of JSON is an integer; 3.0 is one to JSON Schema, and to programs with one kind of number."""
+    return (isinstance(value, int) and not isinstance(value, bool)) or (isinstance(value, float) and value.is_integer())
 
 
 def _is_amount(value: Any) -> bool:
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and 0 <= value < 1e9 and math.isfinite(value)
+    return number and 0 <= value < MOST_SECONDS and math.isfinite(value)
 
 
 def _is_name(value: Any) -> bool:
