@@ -158,6 +158,9 @@ def summary(examples: Sequence[Example], found: Confidence) -> str:
     parts = [", ".join(f"{name} {mean:.3g}" for name, mean in means.items() if not np.isnan(mean)) or "none can be had"]
     if unknown := int(np.isnan(found.value).sum()):
         parts.append(f"{unknown} of {len(examples)} examples have none and are left out")
+    if unread := int((found.options == reflection.UNREADABLE).all(axis=-1).sum()):
+        written = int((~np.isnan(found.options[..., 0])).sum())
+        parts.append(f"{unread} of {written} written reflections take no option and count as not sure")
     if long := [example.id for example, asked in zip(examples, found.asked, strict=True) if not asked]:
         parts.append(f"{len(long)} are longer than the model takes with the questions ({first_of(long)})")
     return f"means of the confidence and its parts: {'; '.join(parts)}"

@@ -19,6 +19,8 @@ from duet_jax.data import Example
 from duet_jax.data.example import plain_text
 
 OPTIONS = ("Correct", "Incorrect", "I am not sure")
+# The share of every option for a text that takes none.
+UNREADABLE = 1 / len(OPTIONS)
 # Before the options, for it is the same in all orders and goes through the network once.
 READ = "Answer with one letter, A, B or C.\n"
 WRITTEN = '\nExplain briefly why, then end with "Answer:" and one letter, A, B or C.'
@@ -43,13 +45,13 @@ def questions(example: Example, config: ConfidenceConfig) -> list[list[Example]]
 def written(respondent: Respondent, examples: Sequence[Example], config: ConfidenceConfig) -> np.ndarray:
     """Which options texts take that the respondent writes, 0 and 1 `[n, templates, 3]`.
 
-    One that takes no option (see `taken`) counts as not sure.
+    One that takes no option (see `taken`) says nothing: it has `UNREADABLE`, which is worth what not sure is.
     """
     flat = [one for example in examples for own in questions(example, config) for one in own]
     replies = respondent.answers(flat, 0, config.reflection_max_new_tokens)
     options = [taken(own[0].text) for own in replies]
-    places = [OPTIONS.index("I am not sure") if one is None else one for one in options]
-    return np.eye(len(OPTIONS))[places].reshape(len(examples), -1, len(OPTIONS))
+    found = [np.full(len(OPTIONS), UNREADABLE) if one is None else np.eye(len(OPTIONS))[one] for one in options]
+    return np.reshape(found, (len(examples), -1, len(OPTIONS)))
 
 
 def taken(text: str) -> int | None:

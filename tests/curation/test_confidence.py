@@ -347,7 +347,7 @@ def test_without_samples_reflection_stands_alone(tmp_path: Path) -> None:
     assert found.similarities.shape == (10, 0) and np.isnan(found.similarity).all()
 
 
-def test_written_reflections_are_searched_for_the_option() -> None:
+def test_written_reflections_are_searched_for_the_option(tmp_path: Path) -> None:
     texts = ["It fits. Answer: A", "(B)", "who knows", "I am not sure"]
 
     class Writer(Toy):
@@ -358,9 +358,12 @@ def test_written_reflections_are_searched_for_the_option() -> None:
             assert samples == 0 and len(examples) == 4 and max_new_tokens == 99 and not stop
             return [[Reply(text, True)] for text in texts]
 
-    config = dataclasses.replace(SHORT, reflection="text", reflection_max_new_tokens=99, stop=("\n",))
-    found = written(Writer({}, 0), [Example("a", "p", "r"), Example("b", "p", "r")], config)
-    np.testing.assert_array_equal(found @ [1, 0, 0.5], [[1, 0], [0.5, 0.5]])
+    config = dataclasses.replace(SHORT, samples=0, reflection="text", reflection_max_new_tokens=99, stop=("\n",))
+    pair = [Example("a", "p", "r"), Example("b", "p", "r")]
+    np.testing.assert_allclose(written(Writer({}, 0), pair, config) @ [1, 0, 0.5], [[1, 0], [0.5, 0.5]])
+    whole = confidence(Writer({}, 0), pair, config, tmp_path)
+    np.testing.assert_allclose(whole.reflection, [0.5, 0.5])
+    assert "1 of 4 written reflections take no option and count as not sure" in summary(pair, whole)
 
 
 @pytest.mark.parametrize(
