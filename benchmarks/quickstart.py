@@ -1,23 +1,20 @@
 """How near the embedded default comes to the mixture that is known to be best, over seeds.
 
-python benchmarks/quickstart.py --seeds 5 --output benchmarks/results/quickstart.json
+python benchmarks/quickstart.py --seeds 5 --output
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import statistics
 import tempfile
 import time
 from pathlib import Path
 
-import jax
 import numpy as np
+from search_common import parse, write
 
-from duet_jax import __version__, config, duet
+from duet_jax import config, duet
 from duet_jax.study import Study
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "quickstart.yaml"
@@ -27,8 +24,7 @@ BEST = {"cats": 0.5, "dogs": 0.5, "birds": 0.0, "noise": 0.0}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--output", type=Path, help="JSON file for the results")
-    options = parser.parse_args()
+    options = parse(parser, "quickstart")
     rows = []
     print(f"{'seed':>4} {'distance':>9} {'uniform':>9} {'best':>9} {'seconds':>8}")
     for seed in range(options.seeds):
@@ -54,14 +50,7 @@ def main() -> None:
     print(
         f"median distance {middle['distance']:.3f} (uniform is {0.5 * np.abs(0.25 - np.array([*BEST.values()])).sum()})"
     )
-    if options.output:
-        about = {
-            "rows": rows,
-            "median": middle,
-            "machine": {"cpu": platform.machine(), "cores": os.cpu_count()},
-            "versions": {"python": platform.python_version(), "jax": jax.__version__, "duet_jax": __version__},
-        }
-        options.output.write_text(json.dumps(about, indent=1) + "\n")
+    write(options.output, options, {"rows": rows, "median": middle})
 
 
 if __name__ == "__main__":

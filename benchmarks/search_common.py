@@ -61,16 +61,20 @@ def write(path: Path | None, options: argparse.Namespace, results: dict, version
     settings = {name: value for name, value in settings.items() if not isinstance(value, Path)}
     if "peer_python" in settings:
         settings["peer_python"] = settings["peer_python"] is not None
+    whole = about()
+    whole["versions"] |= versions or {}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"settings": settings, **results, **whole}, indent=1) + "\n")
+
+
+def about() -> dict[str, Any]:
+    """The machine, versions and the commit."""
     ours = {name: importlib.metadata.version(name) for name in ("duet_jax", "jax", "jaxlib", "numpy", "scipy")}
-    about = {
-        "settings": settings,
-        **results,
+    return {
         "machine": {"cpu": _processor(), "cores": os.cpu_count()},
-        "versions": {"python": platform.python_version(), **ours, **(versions or {})},
+        "versions": {"python": platform.python_version(), **ours},
         "commit": _commit(),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(about, indent=1) + "\n")
 
 
 def _processor() -> str:

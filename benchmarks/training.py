@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import resource
 import statistics
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 BATCH, LENGTH = 8, 256
@@ -127,8 +126,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2, help="processes of each kind, interleaved")
     parser.add_argument("--labels", type=float, default=1.0, help="share of tokens that are labels")
     parser.add_argument("--ours", help="DTYPE,ROWS,REMAT in place of the default")
-    parser.add_argument("--output", type=Path, help="JSON file for the results")
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
+    default = Path(__file__).parent / "results" / "training.json"
+    parser.add_argument("--output", type=Path, nargs="?", const=default, help="write JSON (results/training.json)")
     options = parser.parse_args()
     if options.child:
         who, method, dtype, steps, labels, *rest = options.child
@@ -136,11 +136,16 @@ def main() -> None:
             result = measure_ours(method, dtype, int(rest[0]), rest[1], int(steps), float(labels))
         else:
             result = measure_peer(method, dtype, int(steps), float(labels))
+            result["versions"] = {name: version(name) for name in ("torch", "transformers", "peft")}
         result["peak_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
         print(json.dumps(result))
         return
 
-    rows = []
+    # Not above: the other Python need not have JAX.
+    from search_common import write
+
+    rows: list[dict] = []
+    versions: dict[str, str] = {}
     for method in options.methods:
         dtype, size, remat = OURS[method]
         if options.ours:
@@ -155,6 +160,7 @@ def main() -> None:
                 runs[name].append(child(python, who, method, kind, str(options.steps), str(options.labels), *rest))
         for name, results in runs.items():
             step = statistics.median(r["step_s"] for r in results)
+            versions |= results[0].get("versions", {})
             rows.append(
                 {
                     "method": method,
@@ -170,17 +176,7 @@ def main() -> None:
             f"{row['method']:6} {row['who']:22} {row['tokens_per_s']:9.0f} {row['first_step_s']:9.1f} s "
             f"{row['peak_gb']:8.2f}"
         )
-    if options.output:
-        about = {
-            "machine": platform.machine(),
-            "cores": os.cpu_count(),
-            "steps": options.steps,
-            "rounds": options.rounds,
-            "python": platform.python_version(),
-            "labels": options.labels,
-            "rows": rows,
-        }
-        options.output.write_text(json.dumps(about, indent=1) + "\n")
+    write(options.output, options, {"rows": rows}, versions)
 
 
 if __name__ == "__main__":
