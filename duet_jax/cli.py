@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="duet",
         description="Finds the mixture of data domains that serves an unseen task best, from scores alone.",
-        epilog="A study is a directory. It can be stopped at any moment, continued, copied and looked at.",
+        epilog="A study is a directory, or in an object store. It can be stopped at any moment and continued.",
     )
     parser.add_argument("--version", action="version", version=f"duet {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -92,6 +92,8 @@ def _parser() -> argparse.ArgumentParser:
 
     ask = commands.add_parser("ask", help="open a trial and print its mixture, to train it yourself")
     ask.add_argument("folder", type=_place, metavar="DIR", help="study directory or address")
+    ask.add_argument("overrides", nargs="*", metavar="key=value", help="of --config, replaces a value; before it")
+    ask.add_argument("--config", type=Path, metavar="FILE", help="YAML of a study, begun here if there is none")
     ask.set_defaults(command=_ask)
 
     tell = commands.add_parser("tell", help="record the feedback of a trial")
@@ -169,11 +171,9 @@ def _run(options: argparse.Namespace) -> None:
 
     from duet_jax.distributed import processes
 
-    processes.start(options.cluster, options.processes, options.process)
+    with processes.joined(options.cluster, options.processes, options.process):
+        from duet_jax import duet
 
-    from duet_jax import duet
-
-    with processes.together():
         duet.run(config, folder, options.quiet, options.worker, options.profile)
 
 
@@ -182,11 +182,9 @@ def _select(options: argparse.Namespace) -> None:
 
     from duet_jax.distributed import processes
 
-    processes.start(options.cluster, options.processes, options.process)
+    with processes.joined(options.cluster, options.processes, options.process):
+        from duet_jax.select import select
 
-    from duet_jax.select import select
-
-    with processes.together():
         select(config, options.output or Path("selections") / config.name, options.quiet)
 
 
@@ -195,11 +193,10 @@ def _curate(options: argparse.Namespace) -> None:
 
     from duet_jax.distributed import processes
 
-    processes.start()
+    with processes.joined():
+        from duet_jax.curate import curate
 
-    from duet_jax.curate import curate
-
-    curate(config, options.output or Path("curated") / config.name, options.quiet)
+        curate(config, options.output or Path("curated") / config.name, options.quiet)
 
 
 def _prefer(options: argparse.Namespace) -> None:
@@ -207,11 +204,10 @@ def _prefer(options: argparse.Namespace) -> None:
 
     from duet_jax.distributed import processes
 
-    processes.start()
+    with processes.joined():
+        from duet_jax.prefer import prefer
 
-    from duet_jax.prefer import prefer
-
-    prefer(config, options.output or Path("preferences") / config.name, options.quiet)
+        prefer(config, options.output or Path("preferences") / config.name, options.quiet)
 
 
 def _compile(options: argparse.Namespace) -> None:
@@ -233,6 +229,10 @@ def _compile(options: argparse.Namespace) -> None:
 
 
 def _ask(options: argparse.Namespace) -> None:
+    if options.config is not None:
+        Study.begin(options.folder, configs.load(_found(options.config), options.overrides))
+    elif options.overrides:
+        raise ConfigError(f"{options.overrides[0]} goes with --config FILE; give that, or leave it out.")
     Study.open(options.folder)
 
     from duet_jax import duet
@@ -298,6 +298,8 @@ def _found(path: Path) -> Path:
 
 def _place(word: str) -> str | Path:
     """A study's place: an address stays as it is, since a path would lose one slash of it."""
+    if re.match(r"(s3|gs|az|file):/[^/]", word):
+        raise argparse.ArgumentTypeError(f"{word} has one slash; an address is {word.replace(':/', '://', 1)}")
     return word if is_address(word) else Path(word)
 
 

@@ -27,7 +27,7 @@ from duet_jax import kept, workers
 from duet_jax.config import StudyConfig
 from duet_jax.display import Display, shares
 from duet_jax.distributed.processes import first, lead, led, require_shared, several
-from duet_jax.errors import FeedbackError, StudyError
+from duet_jax.errors import DuetError, FeedbackError, StudyError
 from duet_jax.feedback import Deployed
 from duet_jax.feedback.likelihood import response_tokens
 from duet_jax.job import Job
@@ -89,6 +89,8 @@ def run(
       ConfigError, DataError, ModelError: before anything is trained.
       FeedbackError: the task could not be asked; the trained model is kept, and a new run asks again.
     """
+    # Hosts may have been given files that differ: all go by the first one's.
+    config = lead(lambda: config)
     _check_place(folder, config, worker)
     study = _begin(folder, config)
     display = Display(config.rounds, quiet=quiet or not first(), shared=worker is not None)
@@ -99,19 +101,21 @@ def run(
         if config.search.repetition is not None:
             lead(study.note_sizes, job.sizes)
         with watching(study, display, tracking, job.trainer.compute_dtype, profile) as watch:
-            while (trial := lead(next_trial, study, job.search, me, display)) is not None:
+            while (trial := next_trial(study, job.search, me, display)) is not None:
                 try:
                     advance(job, study, trial, watch)
-                except Exception:
-                    # Whatever went wrong, it may be because the trial's folder is another worker's by now.
-                    if study.holds(trial):
+                except Exception as error:
+                    # Whatever went wrong, it may be because the trial's folder is another worker's by now; or it went
+                    # wrong in this one of several processes, for which it cannot decide.
+                    if (several() and not isinstance(error, DuetError)) or lead(study.holds, trial):
                         raise
                     display.say(f"round {trial.trial + 1} was taken over by another worker")
                 if config.task.kind == "external":
                     break
         result = lead(_settle, study, job.search)
         if result.trial is not None:
-            _export_best(job, study, result.trial, display, me)
+            if (number := _to_export(study, job.search, result.trial, me, display)) is not None:
+                _export_best(job, study, number, display)
             display.say(
                 f"best mixture: {shares(result.mixture or {}, result.settings)}, expected feedback "
                 f"{result.value:.4g} ± {result.stderr:.2g} (round {result.trial + 1})"
@@ -186,7 +190,8 @@ def best(study: Study, search: Search) -> Result:
         return Result(None, None, None, None, waiting)
     settings = [at_target(study.config, trial) for trial in told]
     mean, stderr = search.predict(state, mixtures, settings)
-    top = int(np.argmax(mean))
+    # Of trials as good as the same the first one: machines that share a study may round differently.
+    top = int(np.argmax(mean >= mean.max() - 1e-6 * np.ptp(mean)))
     mixture = dict(told[top].mixture)
     return Result(mixture, float(mean[top]), float(stderr[top]), told[top].trial, waiting, settings[top])
 
@@ -308,15 +313,13 @@ def _notes(
     }
 
 
-def _export_best(job: Job, study: Study, number: int, display: Display, me: Worker | None = None) -> None:
+def _export_best(job: Job, study: Study, number: int, display: Display) -> None:
     """Writes the best trial's model as a Hugging Face folder, training it again if its checkpoint is gone.
 
     A trial at a lower fidelity is trained anew at the target, which is what its mixture and settings are best for.
     """
     trial, fidelity = lead(study.trials)[number], study.config.search.fidelity
     if trial.training is None:  # asked for and trained by somebody else
-        return
-    if study.remote and me is not None and not _is_ours(study, trial, me, display):
         return
     lock = filelock.FileLock(study.folder / "export.lock")
     with ExitStack() as stack:
@@ -339,14 +342,25 @@ def _export_best(job: Job, study: Study, number: int, display: Display, me: Work
             kept.publish(study, number)
 
 
-def _is_ours(study: Study, trial: Trial, me: Worker, display: Display) -> bool:
-    """Whether this worker publishes the best model: its machine has the checkpoints, or the one that had is gone."""
-    said = False
-    while kept.published(study) != trial.trial:
-        if kept.checkpoints(study, trial).exists() or me.gone(trial.worker):
-            return True
-        if not said:
+def _to_export(study: Study, search: Search, number: int, me: Worker | None, display: Display) -> int | None:
+    """The trial whose model this run writes: the best one. None where another worker has put it into the object store.
+
+    In an object store a worker writes it whose machine has the checkpoints, or any if that one is gone. Which trial is
+    the best may change while this one waits.
+    """
+    if not study.remote:
+        return number
+    assert me is not None, "an object store has workers alone"
+    said = ""
+    while kept.published(study) != number:
+        trial = study.trials()[number]
+        if trial.training is None or kept.checkpoints(study, trial).exists() or me.gone(trial.worker):
+            return number
+        if said != trial.worker:
             display.say(f"{trial.worker}, which trained the best model, writes it; this worker waits for that")
-            said = True
+            said = str(trial.worker)
         time.sleep(LONG_PAUSE)
-    return False
+        found = best(study, search).trial
+        assert found is not None, "what has been told stays told"
+        number = found
+    return None

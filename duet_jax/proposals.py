@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ import numpy as np
 
 from duet_jax import kept
 from duet_jax.display import Display
+from duet_jax.distributed.processes import lead, stop_if_told
 from duet_jax.errors import Overtaken, StudyError
 from duet_jax.recall import recall
 from duet_jax.search import Search
@@ -26,8 +28,16 @@ MOST_FAILURES = 3
 PAUSE, LONG_PAUSE = 1.0, 15.0
 
 
+@dataclasses.dataclass(frozen=True)
+class _Waiting:
+    """Why there is no trial yet, and seconds until the next look."""
+
+    reason: str
+    pause: float
+
+
 def next_trial(study: Study, search: Search, worker: Worker | None, display: Display) -> Trial | None:
-    """The next trial to work on, or None at the end; a worker's is claimed by it.
+    """The next trial to work on, or None at the end; a worker's is claimed by it. All processes of a run ask.
 
     It waits while as many trials as people rate at once are with them, and at the end while other workers are at
     trials, in case they die.
@@ -35,30 +45,35 @@ def next_trial(study: Study, search: Search, worker: Worker | None, display: Dis
     Raises:
       StudyError: the last trials diverged, and the next would, too; or another process goes by the worker's name.
     """
-    people, said = study.config.task.people, ""
-    while True:
-        if worker is not None:
-            worker.check()
-        waiting, pause = "", PAUSE
-        rated = [trial for trial in study.trials() if trial.status == "pending" and trial.stage == "trained"]
-        if people is None or len(rated) < people.open:
-            trial = _left(study, worker) or new_trial(study, search, "proposed", worker)
-            if trial is not None:
-                return trial
-            if worker is not None and (busy := unfinished(study)):
-                holders = ", ".join(sorted({str(trial.worker) for trial in busy}))
-                waiting = f"nothing is left to begin; in case they die, this worker waits for {holders}"
-                pause = LONG_PAUSE
-        if people is not None and rated:
-            numbers = ", ".join(str(trial.trial) for trial in rated)
-            waiting = f"ratings are awaited of trial {numbers}: duet serve {study.folder}"
-            pause = PAUSE
-        if not waiting:
-            return None
-        if waiting != said:
-            display.say(waiting)
-            said = waiting
-        time.sleep(pause)
+    said = ""
+    # The first process looks, and all wait, so that all can be stopped.
+    while isinstance(found := lead(_look, study, search, worker), _Waiting):
+        if found.reason != said:
+            display.say(found.reason)
+            said = found.reason
+        stop_if_told()
+        time.sleep(found.pause)
+    return found
+
+
+def _look(study: Study, search: Search, worker: Worker | None) -> Trial | _Waiting | None:
+    people, waiting, pause = study.config.task.people, "", PAUSE
+    if worker is not None:
+        worker.check()
+    rated = [trial for trial in study.trials() if trial.status == "pending" and trial.stage == "trained"]
+    if people is None or len(rated) < people.open:
+        trial = _left(study, worker) or new_trial(study, search, "proposed", worker)
+        if trial is not None:
+            return trial
+        if worker is not None and (busy := unfinished(study)):
+            holders = ", ".join(sorted({str(trial.worker) for trial in busy}))
+            waiting = f"nothing is left to begin; in case they die, this worker waits for {holders}"
+            pause = LONG_PAUSE
+    if people is not None and rated:
+        numbers = ", ".join(str(trial.trial) for trial in rated)
+        waiting = f"ratings are awaited of trial {numbers}: duet serve {study.folder}"
+        pause = PAUSE
+    return _Waiting(waiting, pause) if waiting else None
 
 
 def unfinished(study: Study) -> list[Trial]:

@@ -230,8 +230,12 @@ class Study:
         return self._change(trial, lambda current: trials.claimed(current, worker))
 
     def holds(self, trial: Trial) -> bool:
-        """Whether nobody has claimed a trial since it was read."""
-        return self._current(trial.trial)[0].claim == trial.claim
+        """Whether nobody has claimed a trial since it was read, as far as it can be reached now."""
+        try:
+            return self._current(trial.trial)[0].claim == trial.claim
+        except StudyError:
+            # Whoever has claimed it: what is reported under an earlier claim is refused.
+            return True
 
     def update(self, trial: Trial | int, **changes: Any) -> Trial:
         """Replaces fields of a trial as it is now; a new stage is noted in its times."""

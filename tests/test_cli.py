@@ -131,6 +131,18 @@ def test_tell(study: Study, score: str, capsys: pytest.CaptureFixture[str]) -> N
     assert feedback is not None and feedback["value"] == float(score) and feedback["stderr"] == 0.01
 
 
+def test_ask_begins_a_study_that_is_not_there(
+    tmp_path: Path, algorithm: list[tuple[Any, ...]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "new"
+    assert "budget=4 goes with --config FILE" in fails(capsys, "ask", folder, "budget=4")
+    assert not folder.exists()
+    # The stand-in of the algorithm gives the last trial, and there is none yet.
+    with pytest.raises(IndexError):
+        cli.main(["ask", str(folder), "budget=4", "--config", str(config_file(tmp_path))])
+    assert Study.open(folder).config.budget == 4
+
+
 def test_ask_prints_settings_where_there_are_any(
     study: Study, algorithm: list[tuple[Any, ...]], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -62,15 +62,24 @@ def read_ends(
       float32 `[n, K]`, and float32 `[n]` in nats, 0 where there is no label.
     """
     read = compiled(config, compute_dtype, mesh)
-    pending, ids = [], np.asarray(labels, np.int32)
+    ids = np.asarray(labels, np.int32)
+    found, log_probs = np.zeros((len(texts), len(readout)), np.float32), np.zeros(len(texts), np.float32)
+
+    def take(numbers: np.ndarray, values: Array, of_labels: Array) -> None:
+        found[numbers] = np.asarray(values)[: len(numbers)]
+        log_probs[numbers] = np.asarray(of_labels)[: len(numbers)]
+
+    # One pass is under way while the next is laid out: devices begin all that they are given, each with its memory.
+    waiting: tuple[np.ndarray, Array, Array] | None = None
     for one in plan(texts, groups, batch_tokens, pad_id):
         own = np.full(len(one.places), -1, np.int32)
         own[: len(one.texts)] = ids[one.texts]
-        pending.append((one.texts, read(params, lora, readout, *one[:-1], own)))
-    found, log_probs = np.zeros((len(texts), len(readout)), np.float32), np.zeros(len(texts), np.float32)
-    for numbers, (values, of_labels) in pending:
-        found[numbers] = np.asarray(values)[: len(numbers)]
-        log_probs[numbers] = np.asarray(of_labels)[: len(numbers)]
+        values = read(params, lora, readout, *one[:-1], own)
+        if waiting is not None:
+            take(*waiting)
+        waiting = one.texts, *values
+    if waiting is not None:
+        take(*waiting)
     return found, log_probs
 
 

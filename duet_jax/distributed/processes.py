@@ -67,8 +67,7 @@ def start(cluster: str | None = None, processes: int | None = None, process: int
     global _told
     _told = False
     if cluster is None:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, _on_signal)
+        _listen()
         return
     if cluster != "auto":
         _check(cluster, processes, process)
@@ -94,6 +93,29 @@ def start(cluster: str | None = None, processes: int | None = None, process: int
         ) from error
     finally:
         timer.cancel()
+    if not several():
+        # JAX has taken SIGTERM, but has nobody to tell.
+        _listen()
+
+
+@contextlib.contextmanager
+def joined(cluster: str | None = None, processes: int | None = None, process: int | None = None) -> Iterator[None]:
+    """`start`, and what is done inside is done `together`; at the end SIGTERM is whose it was before."""
+    global _told
+    before = signal.getsignal(signal.SIGTERM)
+    start(cluster, processes, process)
+    try:
+        with together():
+            yield
+    finally:
+        _told = False
+        if before is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
+
+
+def _listen() -> None:
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _on_signal)
 
 
 def _check(address: str, processes: int | None, process: int | None) -> None:
@@ -136,7 +158,8 @@ def several() -> bool:
 def lead(run: Callable[Given, Value], *args: Given.args, **kwargs: Given.kwargs) -> Value:
     """`run(*args, **kwargs)` by the first process alone; all get its value, or raise its error.
 
-    Inside there must be nothing that several processes compute together. The value must be one that pickles.
+    Inside there must be nothing that several processes compute together, and nothing that waits for long: meanwhile no
+    process hears SIGTERM. The value must be one that pickles.
     """
     if not several() or _alone:
         return run(*args, **kwargs)
@@ -207,8 +230,9 @@ def _portable(error: Exception | None) -> Exception | None:
 def _on_signal(number: int, frame: Any) -> None:
     del number, frame
     global _told
-    _told = True
-    if not _deferring:
+    again, _told = _told, True
+    # Launchers may tell it several times, and the end must not be cut off.
+    if not (_deferring or again):
         raise Stopped
 
 

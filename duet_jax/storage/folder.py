@@ -55,7 +55,8 @@ class Folder:
 
     def read_all(self, folder: str) -> dict[str, bytes]:
         """See `Storage`."""
-        paths = [path for path in (self.local / folder).glob("*") if path.is_file() and not is_temporary(path)]
+        # What begins with a point is a network's file system's, or was being written by a process that was killed.
+        paths = [path for path in (self.local / folder).glob("[!.]*") if path.is_file()]
         return {path.name: self.read(f"{folder}/{path.name}")[0] for path in paths}
 
     def names(self) -> list[str]:
@@ -67,8 +68,8 @@ class Folder:
     def create(self, name: str, content: bytes) -> bytes:
         """See `Storage`."""
         path = self.local / name
-        path.parent.mkdir(parents=True, exist_ok=True)
         with self.editing():
+            path.parent.mkdir(parents=True, exist_ok=True)
             # Where the file system has no links, only the lock tells who is first.
             if path.exists():
                 raise FileExistsError(name)
@@ -90,8 +91,8 @@ class Folder:
     def write(self, name: str, content: bytes) -> None:
         """See `Storage`."""
         path = self.local / name
-        path.parent.mkdir(parents=True, exist_ok=True)
         with self.editing():
+            path.parent.mkdir(parents=True, exist_ok=True)
             write(path, content)
 
     def upload(self, path: Path, name: str) -> None:

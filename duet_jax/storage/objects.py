@@ -24,6 +24,8 @@ from duet_jax.errors import StudyError
 from duet_jax.storage.folder import Changed
 
 READERS = 8
+# Bytes of a part of a large file, of which stores take 10,000.
+PART, MOST_PARTS = 5 * 2**20, 9_000
 # Of an object, which write it is by.
 MARK = "duetwrite"
 
@@ -66,9 +68,15 @@ class Objects:
                 identity, _ = self.read("id")
         if not re.fullmatch(b"[0-9a-f]{32}", identity):
             raise StudyError(f"{self.address}/id is damaged; delete it.")
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        folder = cache / "duet_jax" / "studies" / identity.decode()
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+            folder = cache / "duet_jax" / "studies" / identity.decode()
+            folder.mkdir(parents=True, exist_ok=True)
+        except (OSError, RuntimeError) as error:
+            raise StudyError(
+                f"The folder of this machine for what is large of {self.address} cannot be made ({error}); set "
+                f"XDG_CACHE_HOME to a folder that can be written."
+            ) from None
         return folder
 
     def read(self, name: str) -> tuple[bytes, dict[str, str]]:
@@ -81,7 +89,8 @@ class Objects:
         """See `Storage`. Only what has another ETag than the last time is read again."""
         with self._told():
             listed = self._store.list_with_delimiter(f"{folder}/")["objects"]
-        names = {each["path"]: _tag(each) for each in listed}
+        # Some programs mark a folder by an empty object of its name.
+        names = {each["path"]: _tag(each) for each in listed if each["path"] != folder}
         new = [name for name, tag in names.items() if tag is None or self._read.get(name, ("", b""))[0] != tag]
         with ThreadPoolExecutor(READERS) as readers:
             for name, (content, version) in zip(new, readers.map(self.read, new), strict=True):
@@ -92,7 +101,9 @@ class Objects:
         """See `Storage`."""
         with self._told():
             found = self._store.list_with_delimiter()
-        return [each["path"] for each in found["objects"]] + [path.rstrip("/") for path in found["common_prefixes"]]
+        return [each["path"] for each in found["objects"] if each["path"]] + [
+            path.rstrip("/") for path in found["common_prefixes"]
+        ]
 
     def create(self, name: str, content: bytes) -> dict[str, str]:
         """See `Storage`."""
@@ -115,7 +126,7 @@ class Objects:
     def upload(self, path: Path, name: str) -> None:
         """See `Storage`; in parts, of which the object is made when all are there."""
         with self._told():
-            self._store.put(name, path)
+            self._store.put(name, path, chunk_size=max(PART, path.stat().st_size // MOST_PARTS + 1))
 
     def _put(self, name: str, content: bytes, mode: str | dict[str, str]) -> dict[str, str] | None:
         """Writes under a condition; gives the new version, or None if the condition does not hold.

@@ -10,8 +10,17 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from duet_jax.distributed.processes import lead
+from duet_jax.distributed.processes import deferring, lead
 from duet_jax.errors import ModelError
+
+
+class _Manager(ocp.CheckpointManager):
+    """Leaves it to `processes.stopping` to ask for preemptions: JAX has one count of such calls, which steps upset."""
+
+    def reached_preemption(self, step: int) -> bool:
+        """Never."""
+        del step
+        return False
 
 
 class Checkpoints:
@@ -30,7 +39,7 @@ class Checkpoints:
     def __init__(self, folder: Path, identity: Mapping[str, str]):
         self._folder = folder.absolute()
         self._identity = dict(identity)
-        self._manager = ocp.CheckpointManager(self._folder, options=ocp.CheckpointManagerOptions(max_to_keep=1))
+        self._manager = _Manager(self._folder, options=ocp.CheckpointManagerOptions(max_to_keep=1))
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -41,8 +50,10 @@ class Checkpoints:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._manager.wait_until_finished()
-        self._manager.close()
+        # What is being written is earned already.
+        with deferring():
+            self._manager.wait_until_finished()
+            self._manager.close()
 
     def save(self, step: int, state: Any, progress: Mapping[str, float]) -> None:
         """Writes the state after `step` steps, in the background; `progress` is plain numbers kept with it.

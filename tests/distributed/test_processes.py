@@ -18,12 +18,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
 
 from duet_jax.distributed import processes
 from duet_jax.errors import ConfigError
+from duet_jax.training.checkpoint import Checkpoints
 
 HERE = Path(__file__).parent
 MODEL = HERE.parents[2] / "shared" / "models" / "stories260K"
@@ -82,10 +84,8 @@ def test_processes_that_do_not_meet_end() -> None:
 
 @pytest.fixture
 def terminable() -> Iterator[None]:
-    before = signal.getsignal(signal.SIGTERM)
-    processes.start()
-    yield
-    signal.signal(signal.SIGTERM, before)
+    with processes.joined():
+        yield
 
 
 def test_sigterm_ends_one_process_at_once_or_after_its_step(terminable: None) -> None:
@@ -99,6 +99,50 @@ def test_sigterm_ends_one_process_at_once_or_after_its_step(terminable: None) ->
         assert processes.stopping()
         reached.append("the end of the step")
     assert reached
+
+
+def test_sigterm_is_whose_it_was_after_a_run_and_forgotten() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(processes.Stopped), processes.joined():
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is before and not processes.stopping()
+
+
+def test_a_second_sigterm_does_not_cut_off_the_end(terminable: None) -> None:
+    ended = []
+    with pytest.raises(processes.Stopped):
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            signal.raise_signal(signal.SIGTERM)
+            ended.append(True)
+    assert ended
+
+
+def test_sigterm_lets_a_checkpoint_be_finished(
+    terminable: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = {"x": jnp.ones(8)}
+    with pytest.raises(processes.Stopped), Checkpoints(tmp_path, {}) as checkpoints:
+        checkpoints.save(1, state, {"loss": 2.0})
+        wait = checkpoints._manager.wait_until_finished
+        told = lambda: signal.raise_signal(signal.SIGTERM) or wait()  # noqa: E731
+        monkeypatch.setattr(checkpoints._manager, "wait_until_finished", told)
+    processes.start()
+    with Checkpoints(tmp_path, {}) as checkpoints:
+        found = checkpoints.restore(state)
+    assert found is not None and (found[0], found[2]) == (1, {"loss": 2.0})
+
+
+def test_one_process_of_a_cluster_hears_sigterm() -> None:
+    code = (
+        f"import signal; from duet_jax.distributed import processes as p; p.start('localhost:{free_port()}', 1, 0)\n"
+        "try: signal.raise_signal(signal.SIGTERM)\nexcept p.Stopped: print('heard')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=PATIENCE, check=False
+    )
+    assert "heard" in done.stdout, done.stderr
 
 
 def test_one_process_leads_itself() -> None:

@@ -180,7 +180,8 @@ def test_a_worker_is_gone_when_it_ended_or_is_silent(
 
 
 def test_a_name_that_is_used_is_refused(studies: tuple[Study, Study], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(leases, "BEAT", 0.05)
+    # A beat may be late by the two others that it takes to be gone.
+    monkeypatch.setattr(leases, "BEAT", 0.3)
     said: list[str] = []
     with workers.join(studies[0], "one") as one:
         with pytest.raises(StudyError, match=r"s3://bucket/study has a worker one \(process \d+ on .*another name"):
@@ -328,15 +329,28 @@ def test_who_publishes_the_best_model(studies: tuple[Study, Study], monkeypatch:
     monkeypatch.setattr(duet, "LONG_PAUSE", 0.01)
     monkeypatch.setattr(leases, "BEAT", 0.01)
     study, other = studies
-    trial = add(study, "two")
+    for _ in range(2):
+        study.update(add(study, "two"), training={"loss": 1.0})
+    known = [0]
+    monkeypatch.setattr(duet, "best", lambda study, search: duet.Result(None, None, None, known[0]))
+
+    def publish(number: int) -> None:
+        known[0] = number
+        other.storage.write("best_model.json", b'{"trial": %d}' % number)
+
+    def ours(study: Study, me: workers.Worker) -> int | None:
+        return duet._to_export(study, None, 0, me, display)  # type: ignore[arg-type]
+
     with workers.join(study, "one") as one, Display(3, quiet=True) as display:
         with workers.join(other, "two") as two:
-            assert duet._is_ours(other, trial, two, display)
-            timer = threading.Timer(0.1, lambda: other.storage.write("best_model.json", b'{"trial": 0}'))
-            timer.start()
-            assert not duet._is_ours(study, trial, one, display), "two is there, and writes it"
-            other.storage.write("best_model.json", b'{"trial": 1}')
-        assert duet._is_ours(study, trial, one, display), "two has ended, and wrote another one"
+            assert ours(other, two) == 0
+            threading.Timer(0.1, publish, [0]).start()
+            assert ours(study, one) is None, "two is there, and writes it"
+            other.storage.write("best_model.json", b'{"trial": 5}')
+            threading.Timer(0.1, publish, [1]).start()
+            assert ours(study, one) is None, "two has found a better one meanwhile, and wrote that"
+            known[0] = 0
+        assert ours(study, one) == 0, "two has ended, and wrote another one"
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.request import Request, urlopen
 
 import pytest
 
@@ -43,6 +44,32 @@ def test_a_text_is_replaced_only_as_it_was_read(two: Two) -> None:
         one.replace("none", b"1", third)
     with pytest.raises(FileNotFoundError):
         one.read("none")
+
+
+def test_files_of_a_network_s_file_system_are_not_read(tmp_path: Path) -> None:
+    storage = Folder(tmp_path)
+    storage.create("trials/0", b"0")
+    (tmp_path / "trials" / ".nfs0001").mkdir()
+    (tmp_path / "trials" / ".nfs0002").write_text("gone soon")
+    assert storage.read_all("trials") == {"0": b"0"}
+
+
+@pytest.mark.slow
+def test_marks_of_folders_in_a_bucket_are_no_texts(s3: str, s3_server: str) -> None:
+    at(s3).create("trials/0", b"0")
+    for mark in ("", "trials/"):
+        with urlopen(Request(f"{s3_server}/{s3.removeprefix('s3://')}/{mark}", data=b"", method="PUT")):
+            pass
+    storage = at(s3)
+    assert storage.read_all("trials") == {"0": b"0"} and storage.names() == ["trials"]
+
+
+@pytest.mark.slow
+def test_a_cache_that_cannot_be_made_is_told(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(StudyError, match="cannot be made .* set XDG_CACHE_HOME to a folder that can be written"):
+        _ = at(s3).local
 
 
 def test_names_are_listed(two: Two) -> None:
