@@ -86,7 +86,10 @@ class Chat:
     async def message(self, request: Request) -> Response:
         """The answer to a message, as lines of JSON while it is written: {"text"}, at last {"answer"} or {"error"}."""
         rater = self._allowed(request, self._messages)
-        conversation, text = self._conversation(request, rater), (await body(request)).get("text")
+        conversation, sent = self._conversation(request, rater), await body(request)
+        text, unknown = sent.get("text"), set(sent) - {"text"}
+        if unknown:
+            raise Refusal(422, f"A message has a text, and no {ascii(min(unknown))[:60]}.")
         if not isinstance(text, str) or not text.strip() or len(text) > LONGEST_MESSAGE or not _is_text(text):
             raise Refusal(422, f"The field text must be a text of 1 to {LONGEST_MESSAGE} characters.")
         if conversation.writing is not None:
