@@ -8,6 +8,8 @@ jaxlib still has the older emitters, they write the loops of programs in a quart
 from __future__ import annotations
 
 import os
+import random
+import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from typing import Any
@@ -44,6 +46,33 @@ def forget_programs() -> Iterator[None]:
     """Each compiled program holds some of the mappings that a process may have; those of all tests are too many."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture
+def kill_at_random() -> Callable[[Callable[[str], Any], Callable[[], int], int], int]:
+    """Four workers at a time, of which one is killed after some more logged lines, until all have ended well.
+
+    Given are how a worker of a name is started, the lines that are logged so far, and the most of them until the next
+    kill. Gives the number of kills.
+    """
+
+    def run(start: Callable[[str], Any], logged: Callable[[], int], most: int) -> int:
+        rng, alive = random.Random(0), [start(name) for name in "abcd"]
+        kills, moment, deadline = 0, 5, time.monotonic() + 200
+        while any(worker.is_alive() for worker in alive):
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+            slot = rng.randrange(4)
+            if logged() >= moment and alive[slot].is_alive():
+                alive[slot].kill()
+                alive[slot].join()
+                kills, moment = kills + 1, logged() + rng.randrange(2, most)
+                # Some come back, and in place of some another one comes.
+                alive[slot] = start(alive[slot].name if kills % 2 else f"w{kills}")
+        assert [worker.exitcode for worker in alive] == [0] * 4
+        return kills
+
+    return run
 
 
 def _arrays(jaxpr: Any) -> Iterator[Any]:

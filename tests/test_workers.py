@@ -6,7 +6,6 @@ import errno
 import json
 import multiprocessing
 import os
-import random
 import shutil
 import subprocess
 import sys
@@ -222,11 +221,13 @@ def work(folder: Path, name: str) -> None:
             kept.forget(study, study.completed(), None)
 
 
-def test_four_workers_that_are_killed_at_random_lose_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_four_workers_that_are_killed_at_random_lose_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kill_at_random: Callable[..., int]
+) -> None:
     monkeypatch.setattr(proposals, "_propose", stub)
     monkeypatch.setattr(proposals, "PAUSE", 0.02)
     monkeypatch.setattr(proposals, "LONG_PAUSE", 0.02)
-    folder, rng, context = tmp_path / "study", random.Random(0), multiprocessing.get_context("fork")
+    folder, context = tmp_path / "study", multiprocessing.get_context("fork")
 
     def start(name: str) -> Any:
         worker = context.Process(target=work, args=(folder, name), name=name)
@@ -236,19 +237,7 @@ def test_four_workers_that_are_killed_at_random_lose_nothing(tmp_path: Path, mon
     def logged() -> int:
         return sum(path.read_bytes().count(b"\n") for path in folder.glob("metrics*"))
 
-    alive = [start(name) for name in "abcd"]
-    kills, moment, deadline = 0, 5, time.monotonic() + 200
-    while any(worker.is_alive() for worker in alive):
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-        slot = rng.randrange(4)
-        if logged() >= moment and alive[slot].is_alive():
-            alive[slot].kill()
-            alive[slot].join()
-            kills, moment = kills + 1, logged() + rng.randrange(2, 15)
-            # Some come back, and in place of some another one comes.
-            alive[slot] = start(alive[slot].name if kills % 2 else f"w{kills}")
-    assert [worker.exitcode for worker in alive] == [0] * 4
+    kills = kill_at_random(start, logged, 15)
     study = Study.open(folder)
     trials = study.trials()
     assert kills >= 15

@@ -322,7 +322,9 @@ def same(trials: list[dict[str, Any]], others: list[dict[str, Any]]) -> None:
 def steps(folder: Path, trial: int) -> list[int]:
     """Steps of a trial that were taken, in the order they were noted."""
     path = folder / "study" / "metrics.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    # The last line of a study that runs may be half written.
+    whole, _, _ = path.read_text().rpartition("\n") if path.exists() else ("", "", "")
+    rows = [json.loads(line) for line in whole.splitlines()]
     return [row["step"] for row in rows if row["trial"] == trial]
 
 

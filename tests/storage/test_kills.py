@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import random
 import runpy
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +27,10 @@ CONFIG = {
 
 
 @pytest.mark.slow
-def test_four_workers_that_are_killed_at_random_lose_nothing(s3: str, tmp_path: Path) -> None:
-    rng, caches = random.Random(0), tmp_path / "caches"
+def test_four_workers_that_are_killed_at_random_lose_nothing(
+    s3: str, tmp_path: Path, kill_at_random: Callable[..., int]
+) -> None:
+    caches = tmp_path / "caches"
     # The client of this process would not work in a fork of it.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["duet_jax.proposals", "duet_jax.storage.objects"])
@@ -48,19 +49,7 @@ def test_four_workers_that_are_killed_at_random_lose_nothing(s3: str, tmp_path: 
     def logged() -> int:
         return sum(path.read_bytes().count(b"\n") for path in caches.glob("**/metrics*"))
 
-    alive = [start(name) for name in "abcd"]
-    kills, moment, deadline = 0, 5, time.monotonic() + 200
-    while any(worker.is_alive() for worker in alive):
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-        slot = rng.randrange(4)
-        if logged() >= moment and alive[slot].is_alive():
-            alive[slot].kill()
-            alive[slot].join()
-            kills, moment = kills + 1, logged() + rng.randrange(2, 12)
-            # Some come back, and in place of some another one comes.
-            alive[slot] = start(alive[slot].name if kills % 2 else f"w{kills}")
-    assert [worker.exitcode for worker in alive] == [0] * 4
+    kills = kill_at_random(start, logged, 12)
     study = Study.open(s3)
     trials = study.trials()
     assert kills >= 6

@@ -240,7 +240,7 @@ def test_another_study_at_the_same_address_has_another_folder(memory: Any) -> No
 
 @pytest.mark.parametrize(
     ("word", "address"),
-    [("s3://b/x", True), ("file:///tmp/x", True), ("studies/one", False), ("C:/x", False), ("gs:/b/x", False)],
+    [("s3://b/x", True), ("file:///data/x", True), ("studies/one", False), ("C:/x", False), ("gs:/b/x", False)],
 )
 def test_what_is_an_address(word: str, address: bool) -> None:
     assert is_address(word) == address
