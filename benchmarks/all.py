@@ -66,6 +66,8 @@ JOBS = (
     Job("mixture_table", "{stories} --mixtures 40 --budget 16 --held-out 4 --output {folder}/mixture_table.jsonl", 1500,
         ("data", "stories260K")),
     Job("replay", "--table {folder}/mixture_table.jsonl --seeds 1 --rounds 6", 900, ("data", "stories260K", "sklearn")),
+    Job("selector_study", "--model {stories} --tasks in --selectors random influence davir --rounds 3 --budget 32 "
+        "--each 24 --heard 16 --unheard 16 --trainings 1", 900, ("data", "stories260K")),
     Job("panel", "--seeds 1 --rounds 6", 600),
     Job("attribution_quality", "--only digits --subsets 8 --train 200 --tests 20", 300, ("sklearn",)),
     Job("sketching", "--kinds bare lora --layers 4 --rounds 1 --steps 1", 300),

@@ -14,8 +14,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from page_cells import Table, records
 from page_figures import FIGURES, draw
-from page_tables import TABLES, Table, records
+from page_tables import TABLES
 
 HERE = Path(__file__).parent
 HEAD = """# Measured results
@@ -68,6 +69,8 @@ def kind_of(name: str, data: Mapping[str, Any]) -> str:
     """Under which name the tables of a result are: those of configurations share theirs."""
     if "topology" in data:
         return "aot"
+    if name.startswith("replay"):
+        return "replay"
     return "domains" if "study_seconds" in data else name
 
 

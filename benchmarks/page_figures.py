@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from page_tables import Row, at, named
+from page_cells import Row, at, named
+from page_studies import regrets
 
 
 class Bars(NamedTuple):
@@ -56,12 +57,22 @@ def _rates(data: Row) -> Bars:
     return _bars("tokens a second", data["rows"], lambda row: f"{row['method']}, {row['who']}", rate="tokens_per_s")
 
 
+def _regrets(data: Row) -> Bars:
+    rows = regrets(data)
+    kinds = dict.fromkeys(one["feedback"] for one in data["cells"])
+    # What an ablation varies may have no meaning for a kind of feedback.
+    values = {kind: [row.get(kind, float("nan")) for row in rows] for kind in kinds}
+    return Bars("mean regret over tasks, in standard deviations over mixtures", [row["name"] for row in rows], values)
+
+
 FIGURES: dict[str, Callable[[Row], Bars]] = {
     "search_regret": _verdicts,
     "search_speed": _step_times,
     "sketching_peers": _errors,
     "attribution_quality": _lds,
     "training": _rates,
+    "replay": _regrets,
+    "replay_ablations": _regrets,
 }
 
 

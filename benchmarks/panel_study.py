@@ -28,9 +28,9 @@ from pathlib import Path
 import httpx
 import numpy as np
 from search_common import HERE, parse, write
+from study_common import score
 
 from duet_jax import config, duet, job
-from duet_jax.feedback import Deployed
 from duet_jax.serve.tokens import Tokens
 from duet_jax.study import Study, Trial
 
@@ -38,21 +38,6 @@ CONFIG = HERE.parent / "configs" / "quickstart.yaml"
 BEST = {"cats": 0.5, "dogs": 0.5, "birds": 0.0, "noise": 0.0}
 UNIFORM = dict.fromkeys(BEST, 0.25)
 UNIT, BIAS, NOISE, STARS = 0.35, 0.6, 0.7, 5
-
-
-def score(made: job.Job, mixture: dict[str, float], seeds: int, folder: Path) -> float:
-    """Mean score of models trained anew on a mixture."""
-    counts = made.counts(np.array([mixture[name] for name in made.names]))
-    found = []
-    for seed in range(1000, 1000 + seeds):
-        rows, _ = made.sample(counts, seed)
-        place = folder / f"{'-'.join(map(str, counts))}-{seed}"
-        trained = made.trainer.fit(
-            made.data, rows, seed=seed, start_seed=seed, fingerprint=made.model.fingerprint, folder=place
-        )
-        assert made.task is not None
-        found.append(made.task(Deployed(made.engine, *made.trainer.deployable(trained.trainable))).value)
-    return float(np.mean(found))
 
 
 @contextlib.contextmanager
@@ -135,16 +120,18 @@ def main() -> None:
             exact = duet.run(told, folder / "exact", quiet=True)
             seconds = {"exact": time.perf_counter() - began}
             made = job.prepare(told, folder, lambda line: None)
+            task = made.task
+            assert task is not None
             middle = Study.open(folder / "exact").trials()[0].feedback
             assert middle is not None
             began = time.perf_counter()
             people = rated_study(made, options, seed, folder / "people", middle["value"])
             seconds["people"] = time.perf_counter() - began
-            best, uniform = (score(made, mixture, options.trainings, folder) for mixture in (BEST, UNIFORM))
+            best, uniform = (score(made, task, mixture, options.trainings, folder) for mixture in (BEST, UNIFORM))
             row: dict = {"seed": seed, "best": best, "uniform": uniform}
             for way, result in (("exact", exact), ("people", people)):
                 assert result.mixture is not None
-                regret = best - score(made, result.mixture, options.trainings, folder)
+                regret = best - score(made, task, result.mixture, options.trainings, folder)
                 row[way] = {
                     "mixture": result.mixture,
                     "distance": distance(result.mixture),

@@ -136,8 +136,16 @@ def trees(mixtures: np.ndarray, values: np.ndarray) -> Callable[[np.ndarray], np
 
 
 def recommend_duet(
-    table: Table, rounds: int, kind: str, seed: int, told_as: str = "mean", levels: int = 5, **settings: Any
+    table: Table,
+    rounds: int,
+    kind: str,
+    seed: int,
+    told_as: str = "mean",
+    levels: int = 5,
+    trainings: int = 1,
+    **settings: Any,
 ) -> list[int]:
+    """Each row that is tried is heard of in so many rounds one after another, as if it was trained so many times."""
     ordinal = kind == "stars" and told_as == "ordinal"
     search = make_search(table.mixtures.shape[1], **settings, **({"feedback": Stars(levels)} if ordinal else {}))
     state, key = search.init(), jax.random.key(seed)
@@ -157,7 +165,9 @@ def recommend_duet(
         found.append(int(np.argmax(mean)) if number else row)
         scores = score(search, state, mean, deviation, tried, jax.random.fold_in(key, number))
         scores[tried] = -np.inf
-        row = first[number] if number < len(first) else int(np.argmax(scores))
+        new, last = divmod(number + 1, trainings)
+        if not last:
+            row = first[new - 1] if new <= len(first) else int(np.argmax(scores))
     return found
 
 
@@ -237,6 +247,10 @@ def variants(kind: str) -> dict[str, Callable[..., list[int]]]:
             found[name] = lambda table, rounds, kind, seed, s=settings, t=told_as: recommend_duet(
                 table, rounds, kind, seed, t, **s
             )
+    for trainings in (2, 4) if kind == "noisy" else ():
+        found[f"{trainings} trainings a mixture"] = lambda table, rounds, kind, seed, n=trainings: recommend_duet(
+            table, rounds, kind, seed, trainings=n
+        )
     if kind == "stars":
         for levels in (2, 3, 10):
             found[f"{levels} stars"] = lambda table, rounds, kind, seed, n=levels: recommend_duet(
