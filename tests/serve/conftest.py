@@ -14,9 +14,9 @@ from duet_jax.serve.engine import Busy, Closed
 from duet_jax.serve.ratings import Ratings
 from duet_jax.serve.tokens import Tokens
 from duet_jax.study import Study
+from tests.serve.talk import ORIGIN
 
 WALK = {"letters": 6, "length": 8, "examples": 200}
-ORIGIN = {"origin": "http://testserver"}
 
 
 def _config(rounds: int = 4, task: dict[str, Any] | None = None, **people: Any) -> configs.StudyConfig:

@@ -18,7 +18,7 @@ MESSAGE, RATE = f"{BEGIN}/{{conversation}}/messages", f"{BEGIN}/{{conversation}}
 def served(tmp_path_factory, make_house, people_config) -> Any:
     house = make_house(tmp_path_factory.mktemp("described") / "study", people_config())
     with pytest.MonkeyPatch.context() as patch:
-        # Nobody is too fast; `test_app` knows who is.
+        # Nobody is too fast; `test_refusals` knows who is.
         patch.setattr("duet_jax.serve.limits.Rate.wait", lambda self, visitor: 0.0)
         tester = house.client()
         document = tester.get("/openapi.json").json()
