@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +13,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from duet_jax import config as configs
-from duet_jax import duet, job, models
-from duet_jax.config import LoraSettings, OnlineConfig, SelectorConfig, TrainingConfig
-from duet_jax.data import Encoded, gather_batch, join
-from duet_jax.errors import ConfigError, DataError, ModelError
-from duet_jax.feedback import Engine
+from duet_jax.config import LoraSettings, OnlineConfig, TrainingConfig
+from duet_jax.data import Encoded, gather_batch
+from duet_jax.errors import ModelError
 from duet_jax.models import llama
-from duet_jax.selection import Pool, score
-from duet_jax.selection.online import reference_losses
-from duet_jax.study import Study
 from duet_jax.training import online
 from duet_jax.training.optimiser import program_of
 from duet_jax.training.sft import StepReport, Trained, Trainer
+from tests.training.online_choices import DAVIR, RHO, dense_losses, watched
 
 MODEL = llama.LlamaConfig(
     vocab_size=40, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8
 )
-RHO, DAVIR = OnlineConfig(rule="rho", candidates=8), OnlineConfig(rule="davir", candidates=8)
 # D1 of the specs: losses under the current model and under the reference.
 LOSSES, REFERENCE = jnp.array([2, 4, 1, 3], jnp.float32), jnp.array([1, 2.5, 0.2, 3.3], jnp.float32)
 
@@ -65,33 +58,6 @@ def shared() -> Trainer:
 
 def run(subject: Trainer, data: Encoded, reference: np.ndarray | None, rows: Any = range(30), **kwargs: Any) -> Trained:
     return subject.fit(data, np.array(rows), seed=1, start_seed=0, fingerprint="f", reference=reference, **kwargs)
-
-
-def watched(subject: Trainer, epochs: int = 1) -> tuple[Trainer, list[online.Choice]]:
-    """The same trainer, and what its steps will have chosen."""
-    other = subject.retuned(dataclasses.replace(subject.settings, epochs=epochs))
-    choices: list[online.Choice] = []
-
-    def watch(*args: Any) -> tuple[Any, Any]:
-        state, metrics = subject.step(*args)
-        choices.append(jax.device_get(metrics.choice))
-        return state, metrics
-
-    object.__setattr__(other, "step", watch)
-    return other, choices
-
-
-def dense_losses(model: llama.LlamaConfig, params: llama.Params, data: Encoded) -> np.ndarray:
-    """Summed losses of the responses, by softmax over whole sequences."""
-    batch = gather_batch(data, np.arange(len(data)), int(max(data.lengths)), len(data), 0)
-
-    @jax.jit
-    def losses(params: llama.Params, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-        logits = llama.hidden_states(model, params, tokens)[:, :-1] @ llama.output_head(params).T
-        log_probs = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], axis=2)[..., 0]
-        return -jnp.sum(log_probs, axis=1, where=mask[:, 1:])
-
-    return np.asarray(losses(params, batch.tokens, batch.loss_mask))
 
 
 @pytest.fixture(scope="module")
@@ -277,233 +243,3 @@ def test_a_reference_is_given_to_online_selection_alone(data: Encoded) -> None:
         run(trainer(), data, None)
     with pytest.raises(ValueError, match="for no others"):
         run(trainer(online=None), data, np.zeros(30, np.float32))
-
-
-# Sequences in which each letter has one successor, or none in particular.
-LETTERS, LENGTH = 8, 12
-RULE = np.random.default_rng(0).permutation(LETTERS)
-SMALL = llama.LlamaConfig(
-    vocab_size=LETTERS, hidden_size=32, intermediate_size=48, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=16
-)
-
-
-def walks(count: int, seed: int, name: str, *, noise: bool = False) -> Encoded:
-    rows = np.random.default_rng(seed).integers(0, LETTERS, (count, LENGTH)).astype(np.int32)
-    for t in range(1, 1 if noise else LENGTH):
-        rows[:, t] = RULE[rows[:, t - 1]]
-    return Encoded(tuple(rows), np.ones(count, np.int32), tuple(f"{name}{i}" for i in range(count)))
-
-
-@pytest.fixture(scope="module")
-def pool() -> Pool:
-    """Half of the training examples are noise; of what is held out, none."""
-    base = llama.init(SMALL, key=jax.random.key(0))
-    settings = TrainingConfig(method="full", learning_rate=1e-2, batch_size=8, epochs=4)
-    trainer = Trainer(SMALL, lambda: jax.tree.map(jnp.copy, base), settings, (LENGTH,), 0, remat="none")
-    train = join([walks(64, 2, "good"), walks(64, 3, "bad", noise=True)])
-    return Pool(("only",), (train,), (walks(48, 4, "held out"),), (), trainer, "f", 0)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("rule", ["rho", "davir"])
-def test_noise_is_hardly_chosen_while_the_model_is_behind_its_reference(rule: Any, pool: Pool, tmp_path: Path) -> None:
-    """Of noise the reference has no less loss than the model; by the loss alone, noise would be chosen."""
-    config = OnlineConfig(rule=rule, candidates=32)
-    reference = reference_losses(pool, config, tmp_path)
-    settings = dataclasses.replace(pool.trainer.settings, online=config)
-    subject, choices = watched(dataclasses.replace(pool.trainer, settings=settings), epochs=3)
-    (data,), rows = pool.train, np.arange(128)
-    subject.fit(data, rows, seed=0, start_seed=0, reference=reference)
-    batches = subject.plan(data, rows, 0)
-    assert len(choices) == len(batches) == 3 * 128 // 32
-    names = [
-        data.ids[i]
-        for (_, drawn), choice in zip(batches, choices, strict=True)
-        for i in drawn[choice.rows[choice.kept]]
-    ]
-    share = np.mean([name.startswith("bad") for name in names])
-    assert share < 0.05, f"half of the pool is noise, and {share:.0%} of what was chosen"
-
-
-@pytest.mark.parametrize("rule", ["rho", "davir"])
-def test_the_reference_is_trained_once_and_goes_on_after_a_crash(rule: Any, pool: Pool, tmp_path: Path) -> None:
-    """Its losses are those of the configured training on the held-out examples, or on the pool."""
-    config = OnlineConfig(rule=rule, candidates=32)
-    on = pool.validation[0] if rule == "rho" else pool.train[0]
-    trained = pool.trainer.fit(on, np.arange(len(on)), seed=0, start_seed=0)
-    expected = dense_losses(SMALL, trained.trainable, pool.train[0])
-
-    class Killed(Exception):
-        pass
-
-    seen: list[tuple[str, int]] = []
-
-    def progress(name: str, done: int, of: int) -> None:
-        seen.append((name, done))
-        if name == "reference" and done == 20:
-            raise Killed
-
-    with pytest.raises(Killed):
-        reference_losses(dataclasses.replace(pool, on_progress=progress), config, tmp_path)
-    found = reference_losses(pool, config, tmp_path)
-    np.testing.assert_allclose(found, expected, rtol=1e-4)
-    seen.clear()
-    lines: list[str] = []
-    again = dataclasses.replace(pool, on_progress=progress, say=lines.append)
-    np.testing.assert_array_equal(reference_losses(again, config, tmp_path), found)
-    assert not seen, "it was trained or scored a second time"
-    mean = expected.sum() / (128 * (LENGTH - 1))
-    assert lines[-1] == f"reference of online selection: mean loss {mean:.3f} nats a token over 128 training examples"
-
-    selector = SelectorConfig(kind=rule, warmup_epochs=pool.trainer.settings.epochs)
-    score(again, selector, tmp_path)
-    assert not any(name == "reference" for name, _ in seen), "the selector of the same name trains its own"
-
-
-def test_without_held_out_examples_there_is_no_reference(pool: Pool, tmp_path: Path) -> None:
-    empty = dataclasses.replace(pool, validation=(pool.validation[0].take([]),))
-    with pytest.raises(DataError, match="no example is held out to train a reference on"):
-        reference_losses(empty, RHO, tmp_path)
-
-
-def study(**changes: Any) -> dict[str, Any]:
-    walk = {"letters": 6, "length": 8, "examples": 120}
-    return {
-        "name": "online",
-        "budget": 64,
-        "rounds": 2,
-        "model": {"scratch": {"hidden_size": 32, "intermediate_size": 48, "num_layers": 1}},
-        "data": {
-            "max_length": 16,
-            "buckets": [16],
-            "domains": [
-                {"name": "a", "source": "synthetic:walk", "options": {**walk, "tags": "A"}},
-                {"name": "noise", "source": "synthetic:walk", "options": {**walk, "noise": 1.0}},
-            ],
-        },
-        "training": {
-            "method": "full",
-            "learning_rate": 0.01,
-            "batch_size": 8,
-            "checkpoint_every": 2,
-            "online": {"candidates": 16},
-        },
-        "task": {"kind": "response_loss", "source": "synthetic:walk", "options": {**walk, "tags": "A", "examples": 16}},
-        **changes,
-    }
-
-
-def test_a_study_with_online_selection_runs_and_goes_on(tmp_path: Path) -> None:
-    config = configs.from_dict(study())
-    assert configs.loads(configs.dump(config)) == config
-    duet.run(config, tmp_path / "s", quiet=True)
-    opened = Study.open(tmp_path / "s")
-    metrics = opened.metrics()
-    assert [trial.training["steps"] for trial in opened.trials()] == [4, 4], "64 candidates, 16 a step"
-    assert len(metrics) == 8 and all(np.isfinite(row["score"]) for row in metrics)
-    assert len(list((tmp_path / "s" / "selections").glob("losses-*.npz"))) == 1
-
-    searched = {"settings": [{"field": "training.batch_size", "values": [4, 8]}]}
-    small = configs.from_dict(study(search=searched))
-    prepared = job.prepare(small, tmp_path / "s", lambda line: None)
-    assert prepared.reference is not None and len(prepared.reference) == len(prepared.data)
-    one, other = (prepared.trainer_for({"training.batch_size": size}) for size in (4, 8))
-    assert one.step is not other.step
-    assert one.step is prepared.trainer_for({"training.batch_size": 4}).step
-
-
-def test_another_reference_needs_the_same_tokens(pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Tokens:
-        def __init__(self, last: bytes) -> None:
-            self.token_bytes = (b"a", last)
-
-    def model(last: bytes, max_length: int) -> models.Model:
-        shape = dataclasses.replace(SMALL, num_layers=2, max_length=max_length)
-        return models.Model(shape, llama.init(shape, key=jax.random.key(5)), Tokens(last), "other", "g")
-
-    engine = Engine(model(b"b", LENGTH), False, (LENGTH,))
-    asked = dataclasses.replace(pool, engine=engine)
-    config = OnlineConfig(candidates=32, reference="other")
-    for wrong, problem in ((model(b"c", LENGTH), "other has other tokens"), (model(b"b", 8), "a context of 8 tokens")):
-        monkeypatch.setattr(models, "load", lambda source, dtype, wrong=wrong: wrong)
-        with pytest.raises(ModelError, match=problem):
-            reference_losses(asked, config, tmp_path)
-    good = model(b"b", LENGTH)
-    monkeypatch.setattr(models, "load", lambda source, dtype: good)
-    expected = dense_losses(good.config, good.params, pool.train[0])
-    np.testing.assert_allclose(reference_losses(asked, config, tmp_path), expected, rtol=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("chosen", "data", "message"),
-    [
-        ({}, {}, "training.online.candidates is missing"),
-        ({"candidates": 8}, {}, r"training.online.candidates is 8; it must be a multiple of batch_size \(8\), and"),
-        ({"candidates": 20}, {}, "training.online.candidates is 20; it must be a multiple"),
-        ({"candidates": 16, "rule": "loss"}, {}, "training.online.rule is 'loss'; it must be one of rho, davir"),
-        ({"candidates": 16, "rule": "davir", "token_mean": False}, {}, "training.online.token_mean has no meaning"),
-        ({"candidates": 16, "reference": ""}, {}, "training.online.reference is ''"),
-        ({"candidates": 16}, {"validation_fraction": 0}, "training.online.reference is missing, and data.validation"),
-    ],
-)
-def test_mistakes_are_told_by_their_field(chosen: dict, data: dict, message: str) -> None:
-    whole = study()
-    whole["training"]["online"] = chosen
-    whole["data"] |= data
-    with pytest.raises(ConfigError, match=message):
-        configs.from_dict(whole)
-
-
-def test_nothing_needs_to_be_held_out_for_a_reference_that_is_given_or_trained_on_the_pool() -> None:
-    for needless in ({"candidates": 16, "reference": "package:x"}, {"candidates": 16, "rule": "davir"}):
-        whole = study()
-        whole["training"]["online"] = needless
-        whole["data"]["validation_fraction"] = 0
-        configs.from_dict(whole)
-
-
-def test_every_batch_size_that_is_searched_must_divide_the_candidates() -> None:
-    """12 is a multiple of 3, 4 and 6, and 5 lies between."""
-    settings = {"settings": [{"field": "training.batch_size", "low": 3, "high": 6}]}
-    whole = study(search=settings)
-    whole["training"] |= {"batch_size": 6, "online": {"candidates": 12}}
-    with pytest.raises(ConfigError, match="cannot be 5: online.candidates is 12; it must be a multiple of batch_size"):
-        configs.from_dict(whole)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"budget": 15}, r"budget is 15; it must be at least training.online.candidates \(16\)"),
-        (
-            {"search": {"fidelity": {"field": "budget", "levels": [8, 64]}}},
-            r"search.fidelity.levels.0 is 8; it must be at least training.online.candidates \(16\)",
-        ),
-    ],
-)
-def test_a_round_has_a_step_of_candidates_at_least(changes: dict, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        configs.from_dict(study(**changes))
-    whole = study(budget=16, search={"fidelity": {"field": "training.epochs", "levels": [1, 2]}})
-    whole["training"]["epochs"] = 2
-    configs.from_dict(whole)
-
-
-def test_fewer_examples_than_candidates_are_refused_before_there_is_a_model(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = study(budget=512)
-    whole["training"]["online"] = {"candidates": 256}
-    monkeypatch.setattr(job, "load", None)
-    with pytest.raises(ConfigError, match="candidates is 256, but the domains have 216 training examples in all"):
-        job.prepare(configs.from_dict(whole), tmp_path, lambda line: None)
-
-
-def test_online_selection_is_for_studies(tmp_path: Path) -> None:
-    whole = study()
-    for name in ("budget", "rounds", "task"):
-        del whole[name]
-    path = tmp_path / "select.yaml"
-    path.write_text(json.dumps(whole | {"count": 10, "selector": {"kind": "less"}}))
-    with pytest.raises(ConfigError, match="training.online is of the rounds of a study"):
-        configs.load_selection(path)
