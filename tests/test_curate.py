@@ -19,6 +19,7 @@ from duet_jax.curation import self_guide
 from duet_jax.data import load_examples
 from duet_jax.feedback import Deployed
 from duet_jax.training.sft import Trainer
+from tests.small import write_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 STORIES = ROOT.parent / "shared" / "models" / "stories260K"
@@ -26,11 +27,6 @@ SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_layers": 1, "num_heads
 TRAINING = {"method": "full", "learning_rate": 0.02, "batch_size": 8, "epochs": 12, "schedule": "constant"}
 # The share of examples that a domain gets right is written in them, so that accuracies are known.
 REWARD = "def right(reply, example):\n    return example.meta['right']\n"
-
-
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
 
 
 def read(folder: Path, name: str) -> list[dict[str, Any]]:

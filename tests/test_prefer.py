@@ -19,14 +19,10 @@ from duet_jax.data import Encoded
 from duet_jax.data.preferences import Pairs, differing, load_pairs, pair
 from duet_jax.training.preference_trainer import PairReport, PreferenceTrainer
 from duet_jax.training.sft import Trainer
+from tests.small import SCRATCH, write_rows
 
-MODEL = {"scratch": {"hidden_size": 16, "intermediate_size": 24, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1}}
+MODEL = {"scratch": SCRATCH}
 TRAINING = {"learning_rate": 0.03, "batch_size": 8, "epochs": 2, "checkpoint_every": 2, "lora": {"rank": 4}}
-
-
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
 
 
 @pytest.fixture

@@ -17,20 +17,18 @@ from duet_jax import config as configs
 from duet_jax.config import DomainConfig
 from duet_jax.data import load_examples
 from duet_jax.study import Study
+from tests.small import SCRATCH, write_rows
 
 WALK = {"letters": 5, "length": 6, "examples": 40}
-SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1}
 GRADIENTS: dict[str, Any] = {
-    "model": {"scratch": SMALL},
+    "model": {"scratch": SCRATCH},
     "training": {"learning_rate": 0.01, "batch_size": 8, "lora": {"rank": 2}},
 }
 
 
 def write_domain(folder: Path, name: str, count: int) -> dict[str, Any]:
     rows = [{"id": f"{name}{i}", "prompt": f"p{i}", "response": f"r{i}", "note": i} for i in range(count)]
-    path = folder / f"{name}.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return {"name": name, "source": str(path)}
+    return {"name": name, "source": write_rows(folder / f"{name}.jsonl", rows)}
 
 
 @pytest.fixture
@@ -38,12 +36,11 @@ def given(tmp_path: Path) -> dict[str, Any]:
     """A pool of two domains, 20 and 10 examples, with utilities from a file."""
     domains = [write_domain(tmp_path, "a", 20), write_domain(tmp_path, "b", 10)]
     utilities = [{"id": f"{name}{i}", "utility": i + (0.5 if name == "b" else 0)} for name in "ab" for i in range(20)]
-    (tmp_path / "u.jsonl").write_text("".join(json.dumps(row) + "\n" for row in utilities))
     return {
         "name": "pick",
         "count": 6,
         "data": {"validation_fraction": 0, "domains": domains},
-        "selector": {"kind": "utilities", "path": str(tmp_path / "u.jsonl"), "rule": "top_k"},
+        "selector": {"kind": "utilities", "path": write_rows(tmp_path / "u.jsonl", utilities), "rule": "top_k"},
     }
 
 
@@ -228,7 +225,7 @@ def test_a_selection_by_gradients_and_again(
 def test_what_trains_nothing_needs_no_training(
     tmp_path: Path, given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given |= {"model": {"scratch": SMALL}, "selector": {"kind": "loss_band", "low": 0, "high": 0.5, "rule": "top_k"}}
+    given |= {"model": {"scratch": SCRATCH}, "selector": {"kind": "loss_band", "low": 0, "high": 0.5, "rule": "top_k"}}
     given["data"] |= {"max_length": 10, "buckets": [10]}
     assert run(tmp_path, given) == 0
     first = table(tmp_path)["utility"]

@@ -22,6 +22,7 @@ from duet_jax.curation.answers import answer, measured
 from duet_jax.curation.respondent import ModelRespondent
 from duet_jax.feedback import Deployed
 from duet_jax.report.abstention import page
+from tests.small import SCRATCH, write_rows
 
 # An answer of two characters or more is right, whatever it says.
 REWARD = "def long(reply, example):\n    return float(len(reply) > 1)\n"
@@ -36,13 +37,12 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     turns = [{"id": "b0", "messages": [{"role": "user", "content": "c?"}, {"role": "assistant", "content": "No"}]}]
     bare = [{"id": f"c{i}", "prompt": f"abc {i}"} for i in range(3)]
     for name, rows in (("a", labelled), ("b", turns), ("c", bare)):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    small = {"hidden_size": 16, "intermediate_size": 24, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1}
+        write_rows(tmp_path / f"{name}.jsonl", rows)
     return {
         "name": "said",
         "kind": "answers",
         "seed": 1,
-        "model": {"scratch": small},
+        "model": {"scratch": SCRATCH},
         "data": {
             "validation_fraction": 0,
             "max_length": 128,

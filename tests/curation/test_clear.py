@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from duet_jax.curation.respondent import ModelRespondent
 from duet_jax.errors import ConfigError
 from duet_jax.feedback import Deployed
 from duet_jax.loading import load, load_all
+from tests.small import SCRATCH, write_rows
 
 CONFIDENCE: dict[str, Any] = {
     "samples": 2,
@@ -36,14 +36,12 @@ def tree(tmp_path: Path) -> dict[str, Any]:
     for name in "ab":
         # A model from scratch knows the characters of its data: here the letters and Yes and No.
         rows = [{"id": f"{name}{i}", "prompt": f"ABC {i}", "response": f"Yes or No {name * i}"} for i in range(4)]
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        domains.append({"name": name, "source": str(tmp_path / f"{name}.jsonl")})
-    small = {"hidden_size": 16, "intermediate_size": 24, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1}
+        domains.append({"name": name, "source": write_rows(tmp_path / f"{name}.jsonl", rows)})
     return {
         "name": "sure",
         "count": 3,
         "pooled": True,
-        "model": {"scratch": small},
+        "model": {"scratch": SCRATCH},
         "training": {"learning_rate": 0.01, "batch_size": 4, "lora": {"rank": 2}},
         "data": {"validation_fraction": 0, "max_length": 192, "buckets": [32, 192], "domains": domains},
         "selector": {"kind": "clear", "rule": "top_k", "confidence": CONFIDENCE},
