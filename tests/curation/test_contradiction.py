@@ -2,55 +2,26 @@
 
 from __future__ import annotations
 
-import json
-import string
 import sys
 import types
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
 
-from duet_jax import models
 from duet_jax._confidence_config import CONTRADICTION
 from duet_jax.config import ConfidenceConfig
 from duet_jax.curation.contradiction import Pair, build_contradiction, outside, parts_of, questions
 from duet_jax.curation.respondent import Respondent
 from duet_jax.data import Example
-from duet_jax.data.characters import CharacterTokenizer
 from duet_jax.errors import ConfigError, FeedbackError, ModelError
-from duet_jax.models import llama
+from tests.curation.random_model import last_state, save_classifier
 
-TOKENIZER = CharacterTokenizer(string.printable[:95] + "\n")
-SHAPE = llama.LlamaConfig(
-    vocab_size=TOKENIZER.vocab_size,
-    hidden_size=16,
-    intermediate_size=24,
-    num_layers=1,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=8,
-    max_length=512,
-)
 LABELS = {"0": "entailment", "1": "neutral", "2": "Contradiction"}
 NAN = float("nan")
 SCORE = np.random.default_rng(0).normal(size=(3, 16)).astype(np.float32)
 NOBODY: Respondent = None  # type: ignore[assignment]  # is not asked
-
-
-def save(folder: Path, labels: dict[str, str] | None = LABELS, score: np.ndarray = SCORE) -> Path:
-    params = llama.init(SHAPE, key=jax.random.key(0))
-    params["embedding"] = params["embedding"] * 20
-    models.save(models.Model(SHAPE, params, TOKENIZER, "random", ""), folder)
-    tensors = load_file(folder / "model.safetensors")
-    tensors.pop("lm_head.weight", None)
-    save_file({**tensors, "score.weight": score}, folder / "model.safetensors")
-    raw = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**raw, **({"id2label": labels} if labels else {})}))
-    return folder
 
 
 def config(folder: Path) -> ConfidenceConfig:
@@ -64,17 +35,11 @@ def pair(first: str, second: str) -> Pair:
 
 
 def test_a_classifier_reads_pairs_and_the_worst_sentence_of_long_ones(tmp_path: Path) -> None:
-    folder = save(tmp_path / "nli")
+    folder = save_classifier(tmp_path / "nli", SCORE, LABELS)
     found = build_contradiction(config(folder), NOBODY)
-    params = llama.init(SHAPE, key=jax.random.key(0))
-    params["embedding"] = params["embedding"] * 20
-    states = jax.jit(lambda params, ids: llama.hidden_states(SHAPE, params, ids))
 
     def alone(first: str, second: str) -> float:
-        text = TOKENIZER.encode(f"why? {first} # {second}", add_special=True)
-        row = np.zeros((1, 512), np.int32)
-        row[0, : len(text)] = text
-        logits = SCORE @ np.asarray(states(params, row))[0, len(text) - 1]
+        logits = SCORE @ last_state(f"why? {first} # {second}")
         odds = np.exp(logits - logits.max())
         return float(odds[2] / odds.sum())
 
@@ -94,7 +59,7 @@ def test_by_itself_a_classifier_reads_premise_and_hypothesis() -> None:
 
 
 def test_pairs_that_are_too_long_have_no_probability(tmp_path: Path) -> None:
-    found = build_contradiction(config(save(tmp_path / "nli")), NOBODY)
+    found = build_contradiction(config(save_classifier(tmp_path / "nli", SCORE, LABELS)), NOBODY)
     values = found.function([pair("yes", "no"), pair("y" * 600, "no"), pair("yes", "a. " * 64 + "n" * 600)])
     assert np.isnan(values).tolist() == [False, True, True]
     np.testing.assert_array_equal(np.isnan(found.function([pair("y" * 600, "no")])), [True])
@@ -112,17 +77,17 @@ def test_classifiers_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="There is no classifier of contradictions at"):
         outside(config(tmp_path / "nowhere"))
     with pytest.raises(ModelError, match="has the labels LABEL_0, LABEL_1, LABEL_2; exactly one must be named after"):
-        build_contradiction(config(save(tmp_path / "unnamed", None)), NOBODY)
-    two = save(tmp_path / "two", score=SCORE[:2])
+        build_contradiction(config(save_classifier(tmp_path / "unnamed", SCORE)), NOBODY)
+    two = save_classifier(tmp_path / "two", SCORE[:2], LABELS)
     with pytest.raises(ModelError, match=r"has shape \[2, 16\]; it must have the shape \[3, 16\]"):
         build_contradiction(config(two), NOBODY)
 
 
 def test_the_files_of_a_classifier_decide(tmp_path: Path) -> None:
-    folder = save(tmp_path / "nli")
+    folder = save_classifier(tmp_path / "nli", SCORE, LABELS)
     (folder / "1_Pooling").mkdir()
     before = outside(config(folder)), build_contradiction(config(folder), NOBODY).identity
-    save(tmp_path / "nli", score=SCORE + 1)
+    save_classifier(tmp_path / "nli", SCORE + 1, LABELS)
     after = outside(config(folder)), build_contradiction(config(folder), NOBODY).identity
     assert before[0] != after[0] and before[1] != after[1]
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import string
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 
 import jax
@@ -13,26 +10,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.numpy import load_file, save_file
 
-from duet_jax import models
 from duet_jax._curate_config import GroundedConfig
 from duet_jax.curation.grounded import NO, QUESTION, YES, Scorer, build, chunks, sentences, support
-from duet_jax.data.characters import CharacterTokenizer
 from duet_jax.errors import FeedbackError, ModelError
-from duet_jax.models import llama
-
-TOKENIZER = CharacterTokenizer(string.printable[:95] + "\n")
-CONFIG = llama.LlamaConfig(
-    vocab_size=TOKENIZER.vocab_size,
-    hidden_size=16,
-    intermediate_size=24,
-    num_layers=1,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=8,
-    max_length=512,
-)
+from tests.curation.random_model import TOKENIZER, last_state, params, save, save_classifier
 
 
 def test_sentences() -> None:
@@ -66,38 +48,16 @@ def test_a_claim_has_the_support_of_its_best_chunk() -> None:
     assert support(scorer, [(document, "a b. d h.")], 9) == [[1.0, 1.0]]
 
 
-@cache
-def params() -> llama.Params:
-    found = llama.init(CONFIG, key=jax.random.key(0))
-    found["embedding"] = found["embedding"] * 20
-    return found
-
-
-@jax.jit
-def padded_states(params: llama.Params, ids: jax.Array) -> jax.Array:
-    return llama.hidden_states(CONFIG, params, ids)
-
-
-def last(text: str) -> np.ndarray:
-    """The final hidden state of a text's last token."""
-    ids = [TOKENIZER.bos_id, *TOKENIZER.encode(text)]
-    row = np.zeros((1, CONFIG.max_length), np.int32)
-    row[0, : len(ids)] = ids
-    return np.asarray(padded_states(params(), row))[0, len(ids) - 1]
-
-
 PAIRS = [("The cat sat. It was fat.", "The cat was fat."), ("Rain.", "It was dry.")]
 
 
 def test_a_classifier_gives_the_second_label(tmp_path: Path) -> None:
-    models.save(models.Model(CONFIG, params(), TOKENIZER, "random", ""), tmp_path)
-    config = GroundedConfig(scorer="classifier", model=str(tmp_path), batch_size=2)
+    config = GroundedConfig(scorer="classifier", model=str(save(tmp_path)), batch_size=2)
     with pytest.raises(ModelError, match="is no classifier of support: the tensor score.weight is not there"):
         build(config)
-    tensors = load_file(tmp_path / "model.safetensors")
     score = np.linspace(-1, 1, 32, dtype=np.float32).reshape(2, 16)
-    save_file({**tensors, "score.weight": score}, tmp_path / "model.safetensors")
-    expected = [jax.nn.softmax(score @ last("\n".join(pair)))[1] for pair in PAIRS]
+    save_classifier(tmp_path, score)
+    expected = [jax.nn.softmax(score @ last_state("\n".join(pair)))[1] for pair in PAIRS]
     np.testing.assert_allclose(build(config).function(PAIRS), expected, atol=2e-5)
 
 
@@ -113,31 +73,26 @@ def test_a_classifier_gives_the_second_label(tmp_path: Path) -> None:
     ],
 )
 def test_the_label_of_support_is_found_by_its_name(tmp_path: Path, labels: list[str], supports: int | None) -> None:
-    models.save(models.Model(CONFIG, params(), TOKENIZER, "random", ""), tmp_path)
     score = np.random.default_rng(0).normal(size=(len(labels), 16)).astype(np.float32)
-    tensors = load_file(tmp_path / "model.safetensors")
-    save_file({**tensors, "score.weight": score}, tmp_path / "model.safetensors")
-    raw = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(raw | {"id2label": dict(enumerate(labels))}))
+    save_classifier(tmp_path, score, dict(enumerate(labels)))
     config = GroundedConfig(scorer="classifier", model=str(tmp_path), batch_size=2)
     if supports is None:
         with pytest.raises(ModelError, match="the name of exactly one must begin with entail or support"):
             build(config)
         return
-    expected = [jax.nn.softmax(score @ last("\n".join(pair)))[supports] for pair in PAIRS]
+    expected = [jax.nn.softmax(score @ last_state("\n".join(pair)))[supports] for pair in PAIRS]
     np.testing.assert_allclose(build(config).function(PAIRS), expected, atol=2e-5)
 
 
 def test_a_judge_is_asked_both_ways(tmp_path: Path) -> None:
-    models.save(models.Model(CONFIG, params(), TOKENIZER, "random", ""), tmp_path)
     letters = np.asarray(params()["embedding"])[[TOKENIZER.encode(letter)[0] for letter in "AB"]]
 
     def asked(pair: tuple[str, str], first: str, second: str) -> np.ndarray:
         question = QUESTION.format(document=pair[0], claim=pair[1], first=first, second=second)
-        return np.asarray(jax.nn.softmax(letters @ last(question + "\n")))
+        return np.asarray(jax.nn.softmax(letters @ last_state(question + "\n")))
 
     expected = [(asked(pair, YES, NO)[0] + asked(pair, NO, YES)[1]) / 2 for pair in PAIRS]
-    found = build(GroundedConfig(scorer="judge", model=str(tmp_path), batch_size=3)).function(PAIRS)
+    found = build(GroundedConfig(scorer="judge", model=str(save(tmp_path)), batch_size=3)).function(PAIRS)
     np.testing.assert_allclose(found, expected, atol=2e-5)
 
 
