@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from duet_jax.config import ClearConfig, ConfidenceConfig
+from duet_jax.curation.correction import OPTIONS as BETTER
 from duet_jax.curation.correction import Verdicts, correctable, decide, judge, prefers
 from duet_jax.curation.decisions import Action, Filter, actions, auto_correct, auto_filter
-from duet_jax.curation.respondent import Reply
 from duet_jax.data import Example
+from tests.curation.respondents import PREFERENCE, QUESTIONS, ByHeart
 
-CONFIG = ConfidenceConfig(samples=0)
-COMPARE = "{prompt}|{first}|{second}\n{options}"
+CONFIG = ConfidenceConfig(samples=0, **QUESTIONS)
 
 
 def kept(*confidence: float, **options: Any) -> int:
@@ -109,70 +108,27 @@ def test_c7_thresholds_are_monotone(rows: list, gammas: tuple, etas: tuple) -> N
         assert not (more & ~less).any()
 
 
-class Judge:
-    """Answers with a fixed letter, or always for the answer in one position, or knows which answer is right."""
+@dataclasses.dataclass
+class Judge(ByHeart):
+    """Is not quite sure, and writes nothing."""
 
-    identity, writing, longest = "judge", "", 10**6
+    sure: float = 0.95
+    sure_better: float = 0.9
 
-    def __init__(
-        self,
-        letter: str | None = None,
-        right: dict[str, str] | None = None,
-        sure: float = 0.95,
-        position: str | None = None,
-    ) -> None:
-        self.letter, self.right, self.sure, self.position = letter, right, sure, position
-        self.asked: list[str] = []
-
-    def sizes(self, examples: Sequence[Example]) -> list[int]:
-        return [len(str(example.prompt)) for example in examples]
-
-    def read(
-        self,
-        questions: Sequence[Example],
-        groups: Sequence[int],
-        words: Sequence[str],
-        scored: Sequence[Example] = (),
-        owners: Sequence[int] = (),
-    ) -> tuple[np.ndarray, np.ndarray]:
-        return self.options(questions, groups, words), np.tile([-1.0, 2.0], (len(scored), 1))
-
-    def answers(
-        self, examples: Sequence[Example], samples: int, max_new_tokens: int, stop: Sequence[str] = ()
-    ) -> list[list[Reply]]:
+    def answers(self, *args: Any, **kwargs: Any) -> Any:
         raise AssertionError("nothing is to be written")
-
-    def options(self, questions: Sequence[Example], groups: Sequence[int], words: Sequence[str]) -> np.ndarray:
-        found = []
-        for question in questions:
-            text = str(question.prompt)
-            self.asked.append(text)
-            if "Proposed answer" in text:
-                # Reflection on a verdict: sure of it.
-                correct = next(line[0] for line in text.splitlines() if line.endswith(": Correct"))
-                found.append([self.sure if word == correct else (1 - self.sure) / 2 for word in words])
-                continue
-            head, options = text.split("\n", 1)
-            prompt, first, second = head.split("|")
-            takes = self.position
-            if takes is None and self.right is not None:
-                right = self.right[prompt]
-                takes = "first answer" if right == first else "second answer" if right == second else "equally good"
-            letter = self.letter or next(line[0] for line in options.splitlines() if str(takes) in line)
-            found.append([0.9 if word == letter else 0.05 for word in words])
-        return np.array(found)
 
 
 def test_c10_both_positions_must_agree(tmp_path: Path) -> None:
     examples = [Example(f"e{i}", f"x{i}", "old") for i in range(40)]
     found = judge(
-        Judge(position="first answer"),
+        Judge({}, option=BETTER[0]),
         examples,
         ["new"] * 40,
         CONFIG,
         tmp_path,
         acceptance="probability",
-        template=COMPARE,
+        template=PREFERENCE,
     )
     assert not found.better.any()
     assert not auto_correct(found.better, found.acceptance, 0.0).any()
@@ -184,7 +140,13 @@ def test_c10_both_positions_must_agree(tmp_path: Path) -> None:
     # A liking for a letter is for no answer, whatever it is for.
     for letter in "ABC":
         found = judge(
-            Judge(letter), examples, ["new"] * 40, CONFIG, tmp_path / letter, acceptance="probability", template=COMPARE
+            Judge({}, letter=letter),
+            examples,
+            ["new"] * 40,
+            CONFIG,
+            tmp_path / letter,
+            acceptance="probability",
+            template=PREFERENCE,
         )
         np.testing.assert_allclose([found.first, found.second], 1 / 3)
 
@@ -193,8 +155,8 @@ def test_c10_both_positions_must_agree(tmp_path: Path) -> None:
 def test_a_judge_that_knows_accepts_what_is_right(tmp_path: Path, acceptance: Any) -> None:
     examples = [Example(f"e{i}", f"x{i}", target) for i, target in enumerate(["old", "new", "old", "old", "old"])]
     proposals = ["new", "old", "The old.", " ", "odd"]
-    critic = Judge(right={f"x{i}": "new" for i in range(5)})
-    found = judge(critic, examples, proposals, CONFIG, tmp_path, acceptance=acceptance, template=COMPARE)
+    critic = Judge({f"x{i}": "new" for i in range(5)})
+    found = judge(critic, examples, proposals, CONFIG, tmp_path, acceptance=acceptance, template=PREFERENCE)
     assert found.better.tolist() == [True, False, False, False, False]
     # Nothing is asked about proposals that are empty or the target itself.
     assert np.isnan(found.first[[2, 3]]).all() and not any("x2" in text or "x3" in text for text in critic.asked)
@@ -206,23 +168,23 @@ def test_a_judge_that_knows_accepts_what_is_right(tmp_path: Path, acceptance: An
         # Reflection alone, as there are no samples: .95 correct and half of .025 not sure.
         assert found.acceptance[0] == pytest.approx(0.95 + 0.5 * 0.025) and np.isnan(found.acceptance[1:]).all()
     asked = len(critic.asked)
-    judge(critic, examples, proposals, CONFIG, tmp_path, acceptance=acceptance, template=COMPARE)
+    judge(critic, examples, proposals, CONFIG, tmp_path, acceptance=acceptance, template=PREFERENCE)
     assert len(critic.asked) == asked
 
 
 def test_what_is_too_long_for_the_judge_is_not_corrected(tmp_path: Path) -> None:
     examples = [Example("short", "x0", "old"), Example("long", "y" * 90, "old"), Example("longer", "z" * 300, "old")]
-    critic = Judge(right={example.prompt: "new" for example in examples})  # type: ignore[misc]
+    right: dict[Any, str] = {example.prompt: "new" for example in examples}
     # The questions about the verdict on the second one are too long, and the question for the judge of the third.
-    critic.longest = 340
-    arguments: Any = {"template": COMPARE}
+    critic = Judge(right, longest=220)
+    arguments: Any = {"template": PREFERENCE}
     found = judge(critic, examples, ["new", "new", "n" * 40], CONFIG, tmp_path, **arguments)
     assert found.better.tolist() == [True, True, False] and np.isnan(found.first).any(axis=1).tolist() == [0, 0, 1]
     assert np.isnan(found.acceptance).tolist() == [False, True, True]
     alone = judge(critic, examples[1:2], ["new"], CONFIG, tmp_path, **arguments)
     assert alone.better.all() and np.isnan(alone.acceptance).all()
     # That is known beforehand, with as much room as a proposal may need.
-    config = ClearConfig(confidence=CONFIG, preference_template=COMPARE, max_new_tokens=30)
+    config = ClearConfig(confidence=CONFIG, preference_template=PREFERENCE, max_new_tokens=30)
     assert correctable(critic, examples, config).tolist() == [True, False, False]
     judged = dataclasses.replace(config, acceptance="probability")
     assert correctable(critic, examples, judged).tolist() == [True, True, False]
@@ -242,13 +204,13 @@ def test_c9_planted_noise_end_to_end(tmp_path: Path) -> None:
     assert rate == pytest.approx(0.2 * missed / share) and rate < 0.05 < noisy.mean()
     proposals = [f"w{i}" if rng.random() < 0.9 else "odd" for i in range(count)]
     verdicts = judge(
-        Judge(right=right),
+        Judge(right),
         examples,
         proposals,
         CONFIG,
         tmp_path,
         acceptance="probability",
-        template=COMPARE,
+        template=PREFERENCE,
     )
     decisions = decide(examples, confidence, filtered, proposals=proposals, verdicts=verdicts)
     corrected = np.array([one.action == Action.CORRECT for one in decisions])
