@@ -113,8 +113,10 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("--json", action="store_true", help="print everything, for programs")
     info.set_defaults(command=_info)
 
-    report = commands.add_parser("report", help="write a study as one HTML page")
-    report.add_argument("folder", type=_place, metavar="DIR", help="study directory or address")
+    report = commands.add_parser("report", help="write a study or a selection as one HTML page")
+    report.add_argument(
+        "folder", type=_place, metavar="DIR", help="study directory or address, or a selection's folder"
+    )
     report.add_argument("--output", type=Path, metavar="FILE", help="(default: DIR/report.html)")
     report.set_defaults(command=_report)
 
@@ -278,6 +280,12 @@ def _info(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
+    # What `duet select` writes.
+    if isinstance(options.folder, Path) and (options.folder / "selection.json").is_file():
+        from duet_jax.report.selection import write_selection
+
+        print(write_selection(options.folder, options.output))
+        return
     Study.open(options.folder)
 
     from duet_jax.report import write_report

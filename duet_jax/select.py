@@ -4,8 +4,9 @@ Written into a folder are
   scores.parquet     a row for every training example: domain, id, utility, rank among those it was chosen from, and
                      whether it was chosen; of davir, rho and loss_band also losses in nats and response tokens
   selected.jsonl     the chosen examples, highest utility first, with domain and utility: a source for `duet run`
-  selection.json     what was done: configuration, model, counts, versions, what was said meanwhile, and with `evaluate`
-                     the `evaluation`: a row for the model trained on the chosen examples and for each baseline
+  selection.json     what was done: configuration, model, counts, cost, versions, what was said meanwhile, and with
+                     `evaluate` the `evaluation`: a row for the model trained on the chosen examples and for each
+                     baseline
   work/              utilities, trained models and what they were made of, by hash; a run that was killed goes on from
                      there
 """
@@ -16,6 +17,7 @@ import dataclasses
 import importlib.metadata
 import io
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -72,6 +74,7 @@ def select(config: SelectConfig, folder: Path, quiet: bool = False) -> dict[str,
             said.append(line)
             display.say(line)
 
+        began = time.perf_counter()
         domains = load_all(config.data, config.seed)
         # Before anything is computed: how many of each there are is known now.
         _counts(config, [len(domain.train) for domain in domains])
@@ -84,6 +87,7 @@ def select(config: SelectConfig, folder: Path, quiet: bool = False) -> dict[str,
         total = sum(len(rows) for rows in chosen)
         counts = " · ".join(f"{part.name} {len(rows)}" for part, rows in zip(scored, chosen, strict=True))
         say(f"{total} of {sum(len(part.examples) for part in scored)} examples chosen: {counts}; see {folder}")
+        about["cost"] = _cost(loaded, time.perf_counter() - began)
         lead(_note, folder, about, said)
         if measure is not None:
             about["evaluation"] = []
@@ -243,6 +247,15 @@ def _write(
         },
         "versions": {name: importlib.metadata.version(name) for name in ("duet_jax", "jax", "numpy")},
     }
+
+
+def _cost(loaded: Loaded | None, seconds: float) -> dict[str, Any]:
+    """What this run took to read, score and choose: seconds, and with a model its devices and the pool's tokens."""
+    if loaded is None:
+        return {"seconds": seconds}
+    mesh = loaded.trainer.mesh
+    tokens = sum(len(tokens) for part in loaded.train for tokens in part.tokens)
+    return {"seconds": seconds, "devices": 1 if mesh is None else mesh.size, "tokens": tokens}
 
 
 def _note(folder: Path, about: dict[str, Any], said: list[str]) -> None:

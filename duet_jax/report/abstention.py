@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.resources
 from collections.abc import Mapping
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 
 from duet_jax.report import figures
+from duet_jax.report.document import document
 
 
 def page(told: Mapping[str, Any]) -> str:
@@ -18,11 +17,8 @@ def page(told: Mapping[str, Any]) -> str:
     Args:
       told: of `curation.answers.measured`, and `metric`, the name of the score.
     """
-    template = importlib.resources.files("duet_jax.report").joinpath("abstention.html").read_text(encoding="utf-8")
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.from_string(template).render(
+    return document(
+        "abstention.html",
         told=told,
         # Our own drawings, of numbers alone.
         reliability=Markup(figures.reliability(told["bins"])),

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 
 from duet_jax.recall import at_target, make_search, make_space, recall
-from duet_jax.search.diagnostics import Report, diagnose
+from duet_jax.search.diagnostics import Report, diagnose, difference
 from duet_jax.search.space import Choice, Number, Setting
 from duet_jax.study import Study
 from duet_jax.trial import words
 
-POINTS = 41
+# Of a line, and along each side of a triangle (less one).
+POINTS, SIDE = 41, 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +68,8 @@ class Belief:
       mean, stderr: posterior of the noise-free feedback at the observations, float64 `[n]`.
       heard: posterior mean at the observations with the fidelity that they had, float64 `[n]`.
       uniform: posterior mean and standard deviation at the uniform mixture.
+      gain: of the best over the uniform mixture, posterior mean and standard deviation of the difference.
+      field: mixtures float64 `[g, 3]` all over the triangle and their posterior means `[g]`; None but of three domains.
       slices: one a domain, through the best mixture; none of a single domain.
       along: one a setting.
       report: which domains matter, the learned noise, and each feedback predicted from all others; None of a single
@@ -81,6 +84,8 @@ class Belief:
     stderr: np.ndarray
     heard: np.ndarray
     uniform: tuple[float, float]
+    gain: tuple[float, float]
+    field: tuple[np.ndarray, np.ndarray] | None
     slices: tuple[Slice, ...]
     along: tuple[Along, ...]
     report: Report | None
@@ -96,15 +101,22 @@ def believe(study: Study) -> Belief | None:
     at = [at_target(study.config, trial) for trial in told]
     mean, stderr = search.predict(state, mixtures, at)
     heard, _ = search.predict(state, mixtures, [trial.settings for trial in told])
-    best = int(np.argmax(mean))
+    # Of trials as good as the same the first one, as `duet run` says it.
+    best = int(np.argmax(mean >= mean.max() - 1e-6 * np.ptp(mean)))
     lines = [_line(mixtures[best], i) for i in range(domains)] if domains > 1 else []
-    asked = np.concatenate([np.full((1, domains), 1 / domains), *lines])
+    uniform = np.full(domains, 1 / domains)
+    everywhere = _triangle() if domains == 3 else np.zeros((0, domains))
+    asked = np.concatenate([uniform[None], *lines, everywhere])
     means, stderrs = search.predict(state, asked, at[best])
     slices = []
     for i, line in enumerate(lines):
         part = slice(1 + i * POINTS, 1 + (i + 1) * POINTS)
         slices.append(Slice(line[:, i], means[part], stderrs[part], float(mixtures[best, i])))
-    uniform = (float(means[0]), float(stderrs[0]))
+    equal = (float(means[0]), float(stderrs[0]))
+    field = (everywhere, means[len(means) - len(everywhere) :]) if domains == 3 else None
+    # The shares of a trial are those of whole examples.
+    same = np.abs(mixtures[best] - uniform).max() * study.config.budget < 1.0
+    gain = (0.0, 0.0) if same else difference(search, state, mixtures[best], uniform, at[best])
     along = []
     for setting in make_space(study.config).settings:
         own = at[best][setting.name]
@@ -113,7 +125,9 @@ def believe(study: Study) -> Belief | None:
         means, stderrs = search.predict(state, np.tile(mixtures[best], (len(given), 1)), given)
         along.append(_along(setting, others, means, stderrs, own))
     report = diagnose(search, state)
-    return Belief(best, at[best], mixtures, values, mean, stderr, heard, uniform, tuple(slices), tuple(along), report)
+    return Belief(
+        best, at[best], mixtures, values, mean, stderr, heard, equal, gain, field, tuple(slices), tuple(along), report
+    )
 
 
 def _others(setting: Setting, own: Any) -> list[Any]:
@@ -146,3 +160,9 @@ def _line(mixture: np.ndarray, domain: int) -> np.ndarray:
         rest[domain] = 0.0
     shares = np.linspace(0.0, 1.0, POINTS)[:, None]
     return shares * np.eye(len(mixture))[domain] + (1.0 - shares) * rest / rest.sum()
+
+
+def _triangle() -> np.ndarray:
+    """Mixtures of three domains all over the simplex, `[g, 3]`."""
+    parts = [(i, j, SIDE - i - j) for i in range(SIDE + 1) for j in range(SIDE + 1 - i)]
+    return np.array(parts, np.float64) / SIDE

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -146,6 +147,26 @@ def diagnose(search: Search, state: Observations) -> Report:
     )
 
 
+def difference(
+    search: Search, state: Observations, one: np.ndarray, other: np.ndarray, settings: Mapping[str, Any]
+) -> tuple[float, float]:
+    """By how much the value of one mixture `[d]` exceeds another's: posterior mean and standard deviation.
+
+    The deviation is that of the difference, from the joint posterior: what is not known of both alike does not blur
+    their comparison. Both are of the noise-free value, in units of the feedback, with the same settings, by name.
+
+    Raises:
+      ValueError: the feedback is that of several tasks, which have no one scale.
+    """
+    if len(search.feedback.weights) > 1:
+        raise ValueError(f"The feedback is of {len(search.feedback.weights)} tasks, which have no scale in common.")
+    points = search._points(np.stack([one, other]), settings)
+    with _host():
+        (posterior,) = _fitted(search, state)
+        mean, deviation = _difference(search, posterior, jnp.asarray(points))
+    return float(mean), float(deviation)
+
+
 def _shortfall(kind: BestOf, state: Observations) -> Shortfall:
     rate = kind.rate(state)
     number = np.arange(1, 1 + int(jnp.max(state.feedback.number)))
@@ -270,6 +291,13 @@ def _measure(
     best = jnp.argmax(jnp.where(posterior.inputs.mask > 0, fitted, -jnp.inf)[: len(settings)])
     draws = jnp.asarray(_draws(surrogate.num_domains), shares.dtype)
     return main_effects(surrogate, constraints, posterior, settings[best], shares, draws), left_out
+
+
+@partial(jax.jit, static_argnums=0)
+def _difference(search: Search, posterior: Posterior, points: Array) -> tuple[Array, Array]:
+    mean, covariance = search.surrogate.joint(posterior, search.roots(points))
+    variance = covariance[0, 0] + covariance[1, 1] - 2.0 * covariance[0, 1]
+    return posterior.spread * (mean[0] - mean[1]), posterior.spread * jnp.sqrt(jnp.maximum(variance, 0.0))
 
 
 def _calibration(values: np.ndarray, mean: np.ndarray, stderr: np.ndarray) -> LeftOut:

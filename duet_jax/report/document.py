@@ -1,0 +1,26 @@
+"""How the pages of the report are made: one HTML file each, which loads nothing and runs nothing."""
+
+from __future__ import annotations
+
+import importlib.resources
+from typing import Any
+
+import jinja2
+
+from duet_jax.report import words
+from duet_jax.report.drawing import SCALE
+
+
+def document(template: str, **values: Any) -> str:
+    """The text of a page; the same values give the same bytes, and all texts among them are escaped."""
+    folder = importlib.resources.files("duet_jax.report")
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(lambda name: folder.joinpath(name).read_text(encoding="utf-8")),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": words.number, "duration": words.duration}
+    environment.globals |= {"scale": ", ".join(SCALE)}
+    return environment.get_template(template).render(**values)
