@@ -189,10 +189,14 @@ def test_the_report_shows_settings(straight: tuple[Path, duet.Result, list[int]]
 
     folder, result, _ = straight
     page = render(Study.open(folder))
-    for words in ("<th>learning_rate</th>", "<th>budget</th>", "Predictions are of trials with the full budget, 96."):
+    for words in (
+        '<th scope="col">learning_rate</th>',
+        '<th scope="col">budget</th>',
+        "Predictions are of trials with the full budget, 96.",
+    ):
         assert words in page
     assert f"{result.settings['training.learning_rate']:.3g}" in page
-    assert 'aria-label="predicted feedback along each setting"' in page
+    assert 'aria-label="predicted score along a setting: learning_rate"' in page
 
 
 def test_a_line_says_mixture_and_settings() -> None:
@@ -268,7 +272,7 @@ def test_settings_alone(tmp_path: Path) -> None:
     assert models.load(str(tmp_path / "s" / "best_model")).config.num_layers == 1
     from duet_jax.report import write_report
 
-    assert "<th>rank</th>" in write_report(tmp_path / "s").read_text()
+    assert '<th scope="col">rank</th>' in write_report(tmp_path / "s").read_text()
 
 
 @pytest.mark.slow

@@ -21,6 +21,6 @@ def document(template: str, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": words.number, "duration": words.duration}
+    environment.filters |= {"number": words.number, "duration": words.duration, "to": words.to}
     environment.globals |= {"scale": ", ".join(SCALE)}
     return environment.get_template(template).render(**values)

@@ -70,8 +70,8 @@ def scaled(values: np.ndarray) -> np.ndarray:
     return (values - values.min()) / span if span > 0 else np.ones(len(values))
 
 
-def new(*, height: float, width: float = WIDTH) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, height), layout="constrained")
+def new(*, height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
     return figure, figure.subplots()
 
 
@@ -91,7 +91,9 @@ def panels(
     """
     drawn = []
     for number, (label, draw) in enumerate(parts):
-        figure, ax = new(height=1.6, width=PANEL)
+        # A layout is not computed: it takes longer than the drawing, and all have the same margins.
+        figure = Figure(figsize=(PANEL, 1.6))
+        ax = figure.add_axes((0.2, 0.15, 0.76, 0.7))
         draw(ax)
         if limits is not None:
             margin = 0.05 * (limits[1] - limits[0]) or 0.5

@@ -144,7 +144,7 @@ def _how(config: Mapping[str, Any]) -> str:
         shares = ", ".join(f"{name} {100 * share / total:.3g} %" for name, share in config["mixture"].items())
         among = f"from each domain by itself, in the mixture that was asked for ({shares})"
     else:
-        among = "from each domain by itself, as many as it is large"
+        among = "from each domain by itself, in proportion to its size"
     lines = [f"{chosen}, {among}."]
     if selector["kind"] != "random":
         lines.append(f"An example's utility is {words.UTILITIES[selector['kind']]}.")

@@ -23,7 +23,7 @@ _SCORES = {
     "sum": "a weighted sum of several tasks",
     "python": "what a function of yours made of the trained model",
     "command": "what a program of yours made of the trained model",
-    "external": "what was told from outside with `duet tell`",
+    "external": "what was told from outside (duet tell)",
 }
 # What an example's utility is, by the kind of selector.
 UTILITIES = {

@@ -3,115 +3,25 @@
 from __future__ import annotations
 
 import functools
+import html
 import html.parser
-import math
 import re
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
+import yaml
+from markupsafe import escape
 
-from duet_jax import config as configs
 from duet_jax import recall
 from duet_jax.errors import StudyError
 from duet_jax.report import figures, surrogate, write_report
 from duet_jax.report.surrogate import believe
-from duet_jax.search import Choice, Constraints, Number, Scores, Search, Subset
-from duet_jax.search.diagnostics import Effects, LeftOut, Report, diagnose
+from duet_jax.search import Choice, Constraints, Number, Search, Subset
+from duet_jax.search.diagnostics import diagnose, difference
 from duet_jax.study import Study
-
-NAMES = ("plain", "</pre><script>alert(1)</script>", 'a$b$_c" onload="x', "<img src=https://example.org/x.png>")
-
-
-def make_study(folder: Path, told: int, *, names: tuple[str, ...] = NAMES, waiting: int = 1) -> Study:
-    """A study of `told` rounds with feedback, then one that failed, then `waiting` ones."""
-    config = configs.from_dict(
-        {
-            "name": "small",
-            "budget": 100,
-            "rounds": 12,
-            "model": {"scratch": {}},
-            "data": {"domains": [{"name": name, "source": "a.jsonl"} for name in names]},
-            "training": {"learning_rate": 0.001},
-            "task": {"kind": "response_loss", "source": "https://example.org/<b>.jsonl"},
-        }
-    )
-    study = Study.create(folder, config)
-    rng = np.random.default_rng(0)
-    gaps = {2: 1e-6, 3: 0.0, 4: 1e-9}
-    for number in range(told + 1 + waiting):
-        shares = np.full(len(names), 1 / len(names)) if number == 0 else rng.dirichlet(np.ones(len(names)))
-        study.new_trial(
-            mixture={name: float(share) for name, share in zip(names, shares, strict=True)},
-            counts={name: int(100 * share) for name, share in zip(names, shares, strict=True)},
-            proposal={"mean": 0.1, "stderr": 0.2, "acquisition": None, "gap": gaps.get(number), "origin": "ucb"}
-            if number
-            else None,
-            seeds={},
-        )
-        if number < told:
-            rows = [{"trial": number, "step": step, "loss": 3 / step} for step in range(1, 6)]
-            study.append_metrics([*rows, {"trial": number, "step": 6, "loss": math.nan}])
-            training = {
-                "loss": 1.25,
-                "steps": 6,
-                "tokens": 98765,
-                "repeats": [f"{names[-1]} is repeated"],
-                "truncated": 3,
-                "validation_loss": dict.fromkeys(names, 2.5),
-            }
-            study.update(number, stage="trained", training=training)
-            study.tell(number, float(shares[0]), 0.05 if number % 2 else None)
-    study.fail(told, "<script>bad()</script>")
-    return study
-
-
-class Stand:
-    """Stands in for the search where its numbers do not matter: the mean of the two nearest observations."""
-
-    feedback = Scores()
-
-    def __init__(self, **_: object):
-        pass
-
-    def init(self) -> list[tuple[np.ndarray, float]]:
-        return []
-
-    def tell(
-        self,
-        state: list[tuple[np.ndarray, float]],
-        mixture: np.ndarray,
-        value: float,
-        stderr: float | None,
-        **_: object,
-    ) -> list[tuple[np.ndarray, float]]:
-        return [*state, (mixture, value)]
-
-    def predict(
-        self, state: list[tuple[np.ndarray, float]], mixtures: np.ndarray, _: object
-    ) -> tuple[np.ndarray, np.ndarray]:
-        seen, values = np.array([m for m, _ in state]), np.array([v for _, v in state])
-        distance = np.abs(mixtures[:, None] - seen).sum(-1)
-        return values[distance.argmin(1)], distance.min(1) + 0.01
-
-
-def stand_diagnose(_: object, state: list[tuple[np.ndarray, float]]) -> Report:
-    """Stands in for the diagnosis: importances 0.5, 0.6 ... 0.9 in turn, and predictions that are off by 1, 2 ..."""
-    size, values = len(state[0][0]), np.array([value for _, value in state])
-    grid = np.tile(np.linspace(0, 1, 5), (size, 1))
-    effects = Effects(grid, grid, 0.1 + 0 * grid, 0.5 + np.arange(size) % 5 / 10)
-    error = np.arange(len(values)) + 1.0
-    left_out = LeftOut(values, values - error, error, 0 * error + 1, np.array([0.0, 1.0, 1.0]), 0 * error - 1.25)
-    return Report(
-        np.ones(size), np.full(size, 1 / size), effects, left_out, noise=0.125, amplitude=0.75, shortfall=None
-    )
-
-
-@pytest.fixture
-def stand(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recall, "Search", Stand)
-    monkeypatch.setattr(surrogate, "diagnose", stand_diagnose)
 
 
 class Elements(html.parser.HTMLParser):
@@ -127,12 +37,14 @@ class Elements(html.parser.HTMLParser):
         self.elements.append((tag, dict(attrs)))
 
     def handle_data(self, data: str) -> None:
-        self.text += data
+        self.text += data + " "
 
 
 @pytest.mark.usefixtures("stand")
 @pytest.mark.parametrize("told", [0, 1, 2, 7])
-def test_a_page_loads_nothing_and_runs_nothing(tmp_path: Path, told: int) -> None:
+def test_a_page_loads_nothing_and_runs_nothing(
+    tmp_path: Path, told: int, make_study: Any, names: tuple[str, ...]
+) -> None:
     study = make_study(tmp_path / "study", told)
     path = write_report(study.folder)
     assert path == study.folder / "report.html"
@@ -145,60 +57,89 @@ def test_a_page_loads_nothing_and_runs_nothing(tmp_path: Path, told: int) -> Non
             if name in ("src", "href", "xlink:href", "style", "clip-path"):
                 assert value is not None and "//" not in value, (tag, name, value)
     assert not re.search(r"url\((?!#)|@import", text)
-    assert "No feedback yet." in page.text if told == 0 else "gain over uniform" in page.text
+    assert ("So few scores give a first guess" in page.text) == (told in (1, 2))
+    assert ("No score yet" if told == 0 else "gain over equal shares") in page.text
     # Whoever reads sees the names as they are.
-    assert all(name in page.text for name in NAMES)
+    assert all(name in page.text for name in names)
     assert "<script>bad()</script>" in page.text
 
 
-@pytest.mark.usefixtures("stand")
-def test_ids_occur_once_and_references_lead_somewhere(tmp_path: Path) -> None:
-    text = write_report(make_study(tmp_path / "study", 5).folder).read_text(encoding="utf-8")
+def test_ids_occur_once_and_references_lead_somewhere(seven: tuple[Study, str]) -> None:
+    _, text = seven
     elements = Elements(text).elements
     ids = [attributes["id"] for _, attributes in elements if "id" in attributes]
     assert len(ids) == len(set(ids))
     assert set(re.findall(r'(?:href="|url\()#([^")]*)', text)) <= set(ids)
-    assert sum(tag == "svg" for tag, _ in elements) == 10
+    # Four domains have a panel each in two of the ten figures.
+    assert sum(tag == "svg" for tag, _ in elements) == 8 + 2 * 4
 
 
 @pytest.mark.usefixtures("stand")
-def test_the_same_study_gives_the_same_bytes(tmp_path: Path) -> None:
-    study = make_study(tmp_path / "study", 4)
+def test_the_same_study_gives_the_same_bytes(tmp_path: Path, make_study: Any) -> None:
+    study = make_study(tmp_path / "study", 1)
     first = write_report(study.folder).read_bytes()
     assert write_report(study.folder, tmp_path / "again.html").read_bytes() == first
 
 
-@pytest.mark.usefixtures("stand")
-def test_the_page_says_what_was_trained_on(tmp_path: Path) -> None:
-    study = make_study(tmp_path / "study", 3)
-    text = Elements(write_report(study.folder).read_text(encoding="utf-8")).text
-    for words in ("3 of 12 rounds have feedback", "98,765", "is repeated", "3 examples were cut to 256 tokens"):
-        assert words in text
-    assert "Learned by the surrogate: 0.12, where mixtures differ by about 0.75" in text
-    assert "Stated with the feedback (median standard error): 0.05" in text
+def test_the_page_says_what_was_trained_on_and_what_it_cost(seven: tuple[Study, str]) -> None:
+    text = " ".join(Elements(seven[1]).text.split())
+    for words in (
+        "7 of 12 rounds have a score , 1 failed and has none.",
+        "98,765",
+        "is repeated",
+        "3 examples were cut to 256 tokens",
+        "Round 7 failed: <script>bad()</script>.",
+        "The score is minus the mean loss of the task's responses, in nats per token",
+        "the noise it has learned, 0.12 (mixtures differ by about 0.75",
+        "Stated with the scores (median standard error): 0.05",
+        "What the scores are made of round task_0 task_1 8 0.125 0.875",
+        "trainings 6 of 100 examples each",
+        "device time 40 min 2400 device-seconds of training on 4 devices",
+        "tokens trained on 592,590",
+    ):
+        assert words.replace(" ,", ",") in text.replace(" ,", ","), words
 
 
 def drawing(page: str, title: str) -> str:
     """The text of one drawing, "" if the page has none of that title."""
-    found = re.search(rf'<svg [^>]*aria-label="{re.escape(title)}">.*?</svg>', page, re.DOTALL)
+    found = re.search(rf'<svg [^>]*aria-label="{re.escape(str(escape(title)))}">.*?</svg>', page, re.DOTALL)
     return found[0] if found else ""
 
 
-@pytest.mark.usefixtures("stand")
-def test_the_page_says_which_domains_matter_and_whether_to_believe_it(tmp_path: Path) -> None:
-    page = write_report(make_study(tmp_path / "study", 6).folder).read_text(encoding="utf-8")
-    shown = Elements(drawing(page, "importance of each domain")).text
-    for words in (*("50 %", "60 %", "70 %", "80 %"), "25 %", "<img src=https"):
-        assert words in shown, words
-    assert drawing(page, "average predicted feedback by share of each domain").count("<path") > 8
-    assert drawing(page, "each feedback predicted from all others")
+def test_the_page_says_which_mixture_to_use_and_how_sure_that_is(seven: tuple[Study, str]) -> None:
+    study, page = seven
     text = " ".join(Elements(page).text.split())
-    assert "Feedback of 6 rounds, each predicted from all others: 0 within the 50 % interval (3.0 expected);" in text
-    assert "6 within the 95 % interval (5.7 expected). The mean log density is -1.25 nats." in text
+    best = max(study.completed(), key=lambda trial: trial.feedback["value"])
+    # What can be copied is what a selection's configuration takes.
+    (line,) = re.findall(r'<pre class="copy">mixture: (.*?)</pre>', page)
+    copied = yaml.safe_load(html.unescape(line))
+    assert sum(copied.values()) == pytest.approx(1, abs=1e-12)
+    assert copied == pytest.approx({name: share for name, share in best.mixture.items() if share > 0}, abs=1.1e-4)
+    gain = best.feedback["value"] - study.trials()[0].feedback["value"]
+    assert f"gain over equal shares {gain:.2f} 95 %: {gain - 0.49:.2f} to {gain + 0.49:.2f}" in text
+    assert ("It is better than equal shares" in text) == (gain > 1.96 * 0.25)
+    assert f"in round {best.trial + 1}" in text
+
+
+def test_the_page_says_which_domains_matter_and_whether_to_believe_it(
+    seven: tuple[Study, str], names: tuple[str, ...]
+) -> None:
+    _, page = seven
+    for name in names:
+        assert drawing(page, f"average predicted score by share: {name}").count("<path") > 4
+        assert drawing(page, f"predicted score through the best mixture: {name}")
+    assert drawing(page, "each score predicted from all others")
+    text = " ".join(Elements(page).text.split())
+    # The main effects of the stand-in rise from 0 to 1; the domain that explains most comes first.
+    cells = r'<td class="text">([^<]*)</td><td>(\d+)&nbsp;%</td><td class="meter">'
+    assert re.findall(cells, page) == [("more is better", part) for part in ("80", "70", "60", "50")]
+    assert "of 7 scores, each predicted from all others, 0 within the 50 % interval (3.5 expected);" in text
+    assert "7 within the 95 % interval (6.7 expected)." in text or "(6.6 expected)." in text
+    assert "The mean log density is -1.25 nats." in text
 
 
 @pytest.mark.usefixtures("stand")
-def test_gaps_are_drawn_where_proposals_have_them(tmp_path: Path) -> None:
+def test_gaps_are_drawn_where_proposals_have_them(tmp_path: Path, make_study: Any) -> None:
     title = "Frank-Wolfe gap of each proposal"
     with_gaps = make_study(tmp_path / "with", 4)
     assert [figures.gap_of(trial) for trial in with_gaps.trials()] == [None, None, 1e-6, 0.0, 1e-9, None]
@@ -207,20 +148,23 @@ def test_gaps_are_drawn_where_proposals_have_them(tmp_path: Path) -> None:
     without = make_study(tmp_path / "without", 1, waiting=0)
     page = write_report(without.folder).read_text(encoding="utf-8")
     assert not drawing(page, title) and "Certificate" not in page
-    # One feedback alone is predicted from nothing.
-    assert "Whether to believe it" not in page and drawing(page, "importance of each domain")
+    # One score alone is predicted from nothing, and tells nothing of domains.
+    assert "Whether to believe" not in page and "One score alone says nothing of that" in page
 
 
 @pytest.mark.usefixtures("stand")
-def test_few_domains_and_many_domains(tmp_path: Path) -> None:
-    for count in (2, 25):
+def test_few_domains_and_many_domains(tmp_path: Path, make_study: Any) -> None:
+    for count, tried in ((2, []), (3, ["in a triangle"]), (25, ["one line each"])):
         names = tuple(f"domain {i}" for i in range(count))
         study = make_study(tmp_path / f"study{count}", 2, names=names)
         text = write_report(study.folder).read_text(encoding="utf-8")
         assert all(name in text for name in names)
+        assert re.findall('aria-label="mixtures that were tried, (.*?)"', text) == tried
+        assert text.count('aria-label="average predicted score by share: ') == min(count, 12)
+        assert ("of 25 domains the 12 that explain most" in text) == (count == 25)
 
 
-def test_a_report_that_cannot_be_written(tmp_path: Path) -> None:
+def test_a_report_that_cannot_be_written(tmp_path: Path, make_study: Any) -> None:
     study = make_study(tmp_path / "study", 0)
     with pytest.raises(StudyError, match="The report cannot be written to .*none"):
         write_report(study.folder, tmp_path / "none" / "report.html")
@@ -233,7 +177,9 @@ CACHED = functools.cache(Search)
 
 
 @pytest.mark.parametrize("told", [0, 1, 2, 6])
-def test_the_belief_is_that_of_the_search(tmp_path: Path, told: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_belief_is_that_of_the_search(
+    tmp_path: Path, told: int, monkeypatch: pytest.MonkeyPatch, make_study: Any
+) -> None:
     monkeypatch.setattr(recall, "Search", CACHED)
     study = make_study(tmp_path / "study", told, names=("a", "b", "c"))
     belief = believe(study)
@@ -254,6 +200,14 @@ def test_the_belief_is_that_of_the_search(tmp_path: Path, told: int, monkeypatch
     for one, two in zip(jax.tree.leaves(belief.report), jax.tree.leaves(diagnose(search, state)), strict=True):
         np.testing.assert_array_equal(one, two)
     np.testing.assert_allclose(belief.report.left_out.values, belief.values, rtol=1e-9, atol=1e-12)
+    if belief.best == 0:
+        assert belief.gain == (0.0, 0.0)
+    else:
+        assert belief.gain == difference(search, state, mixture, np.full(3, 1 / 3), {})
+        assert belief.gain[0] == pytest.approx(mean - belief.uniform[0], abs=1e-9)
+    everywhere, predicted = belief.field
+    np.testing.assert_allclose(everywhere.sum(1), 1)
+    np.testing.assert_allclose(predicted, search.predict(state, everywhere)[0], rtol=1e-9)
     # The last point of a line is the domain alone, whatever the best mixture is.
     vertex, _ = search.predict(state, np.eye(3))
     np.testing.assert_allclose([line.mean[-1] for line in belief.slices], vertex, rtol=1e-6)

@@ -13,7 +13,7 @@ import pytest
 from duet_jax.search import BestOf, Comparisons, Constraints, Group, Scores, Search, Stars
 from duet_jax.search import diagnostics as module
 from duet_jax.search.constraints import contains
-from duet_jax.search.diagnostics import LEVELS, diagnose, importances, share_grids
+from duet_jax.search.diagnostics import LEVELS, diagnose, difference, importances, share_grids
 
 D, N = 4, 11
 SEARCH = Search(num_domains=D)
@@ -233,3 +233,30 @@ def test_what_cannot_be_diagnosed():
     compared = Search(num_domains=3, feedback=Comparisons())
     with pytest.raises(ValueError, match="comparisons"):
         diagnose(compared, compared.init())
+
+
+def test_the_difference_of_two_mixtures_is_that_of_the_joint_posterior():
+    state = told(SEARCH)
+    one, other = np.array([0.7, 0.1, 0.1, 0.1]), np.full(D, 0.25)
+    mean, stderr = difference(SEARCH, state, one, other, {})
+    means, deviations = SEARCH.predict(state, [one, other])
+    assert mean == pytest.approx(means[0] - means[1], abs=1e-9)
+    with jax.enable_x64(True):
+        (posterior,) = module._fitted(SEARCH, state)
+        queries = SEARCH.surrogate.inputs(jnp.sqrt(jnp.stack([one, other])))
+        kernel = lambda a, b: np.asarray(SEARCH.surrogate.covariance(posterior.hyperparameters, a, b))  # noqa: E731
+        cross = kernel(queries, posterior.inputs)
+        known = kernel(posterior.inputs, posterior.inputs) + np.diag(posterior.diagonal)
+        covariance = kernel(queries, queries) - cross @ np.linalg.solve(known, cross.T)
+        spread = float(posterior.spread)
+    assert stderr == pytest.approx(spread * np.sqrt(np.array([1, -1]) @ covariance @ np.array([1, -1])), rel=1e-6)
+    # What is not known of both alike does not blur their comparison.
+    assert covariance[0, 1] != 0 and stderr != pytest.approx(math.hypot(*deviations), rel=1e-3)
+    assert difference(SEARCH, state, other, one, {}) == pytest.approx((-mean, stderr))
+    assert difference(SEARCH, state, one, one, {}) == (0.0, pytest.approx(0.0, abs=1e-6))
+
+
+def test_the_difference_of_several_tasks_has_no_scale():
+    search = Search(num_domains=2, feedback=Scores(weights=(0.5, 0.5)))
+    with pytest.raises(ValueError, match="of 2 tasks, which have no scale in common"):
+        difference(search, search.init(), np.array([1.0, 0.0]), np.array([0.5, 0.5]), {})

@@ -121,7 +121,7 @@ def test_a_panel_of_known_bias_and_noise_finds_the_best_mixture(tmp_path, people
     owner = TestClient(app)
     owner.get("/owner", params={"token": tokens.owner}).raise_for_status()
     report = owner.get("/owner/report")
-    assert "Feedback by round" in report.text and "script" not in report.headers["content-security-policy"]
+    assert "Score by round" in report.text and "script" not in report.headers["content-security-policy"]
     assert (folder / "best_model").is_dir()
 
 
