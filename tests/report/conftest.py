@@ -14,7 +14,7 @@ import yaml
 
 from duet_jax import cli, recall
 from duet_jax import config as configs
-from duet_jax.report import surrogate
+from duet_jax.report import surrogate, write_report, write_selection
 from duet_jax.report.page import render
 from duet_jax.search import Scores
 from duet_jax.search.diagnostics import Effects, LeftOut, Report
@@ -186,3 +186,16 @@ def make_study() -> Callable[..., Study]:
 @pytest.fixture
 def make_selection() -> Callable[..., Path]:
     return _selection
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Of a study of four domains, one of three, one that has just begun, and a selection."""
+    folder = tmp_path_factory.mktemp("pages")
+    (folder / "picked").mkdir()
+    found = {"selection": write_selection(_selection(folder / "picked"))}
+    with pytest.MonkeyPatch.context() as patch:
+        put_stand(patch)
+        for name, told, domains in (("four", 6, NAMES), ("three", 4, NAMES[:3]), ("begun", 0, NAMES)):
+            found[name] = write_report(_study(folder / name, told, names=domains).folder)
+    return found

@@ -19,8 +19,6 @@ pytest.importorskip("selenium", reason="selenium is not installed")
 
 from selenium import webdriver  # noqa: E402
 
-from duet_jax.report import selection, write_report  # noqa: E402
-
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = [
     pytest.mark.slow,
@@ -39,22 +37,6 @@ def browser() -> Iterator[Any]:
     found = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
     yield found
     found.quit()
-
-
-@pytest.fixture
-def pages(tmp_path: Path, stand: None, make_study: Any, make_selection: Any, names: tuple[str, ...]) -> dict[str, Path]:
-    """A study of four domains, one of three, one that has just begun, and a selection; all with hostile names."""
-    del stand
-    picked = tmp_path / "picked"
-    picked.mkdir()
-    found = {"selection": selection.write_selection(make_selection(picked))}
-    for name, told, domains in (
-        ("four", 6, names),
-        ("three", 4, names[:3]),
-        ("begun", 0, names),
-    ):
-        found[name] = write_report(make_study(tmp_path / name, told, names=domains).folder)
-    return found
 
 
 def look(browser: Any, path: Path, width: int, *, dark: bool) -> None:
@@ -80,7 +62,7 @@ const scrolls = e => e.closest('.wide, .example pre') !== null;
 const out = [...document.querySelectorAll('main *')].filter(
   e => box(e).width && (box(e).right > innerWidth + 1 || box(e).left < -1) && !scrolls(e) && !e.closest('svg'));
 const letters = [...document.querySelectorAll('svg text')].filter(e => e.textContent.trim())
-  .map(e => parseFloat(getComputedStyle(e).fontSize) * e.getScreenCTM().a);
+  .map(e => parseFloat(getComputedStyle(e).fontSize) * Math.hypot(e.getScreenCTM().a, e.getScreenCTM().b));
 const light = text => {
   const [r, g, b] = text.match(/[\\d.]+/g).slice(0, 3).map(v => v / 255).map(
     v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);

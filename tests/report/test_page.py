@@ -17,7 +17,7 @@ from markupsafe import escape
 
 from duet_jax import recall
 from duet_jax.errors import StudyError
-from duet_jax.report import figures, surrogate, write_report
+from duet_jax.report import figures, page, surrogate, write_report
 from duet_jax.report.surrogate import believe
 from duet_jax.search import Choice, Constraints, Number, Search, Subset
 from duet_jax.search.diagnostics import diagnose, difference
@@ -153,15 +153,16 @@ def test_gaps_are_drawn_where_proposals_have_them(tmp_path: Path, make_study: An
 
 
 @pytest.mark.usefixtures("stand")
-def test_few_domains_and_many_domains(tmp_path: Path, make_study: Any) -> None:
+def test_few_domains_and_many_domains(tmp_path: Path, make_study: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page, "MOST", 4)
     for count, tried in ((2, []), (3, ["in a triangle"]), (25, ["one line each"])):
         names = tuple(f"domain {i}" for i in range(count))
         study = make_study(tmp_path / f"study{count}", 2, names=names)
         text = write_report(study.folder).read_text(encoding="utf-8")
         assert all(name in text for name in names)
         assert re.findall('aria-label="mixtures that were tried, (.*?)"', text) == tried
-        assert text.count('aria-label="average predicted score by share: ') == min(count, 12)
-        assert ("of 25 domains the 12 that explain most" in text) == (count == 25)
+        assert text.count('aria-label="average predicted score by share: ') == min(count, 4)
+        assert ("of 25 domains the 4 that explain most" in text) == (count == 25)
 
 
 def test_a_report_that_cannot_be_written(tmp_path: Path, make_study: Any) -> None:
