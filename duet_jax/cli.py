@@ -280,17 +280,13 @@ def _info(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    # What `duet select` writes.
-    if isinstance(options.folder, Path) and (options.folder / "selection.json").is_file():
-        from duet_jax.report.selection import write_selection
+    picked = isinstance(options.folder, Path) and (options.folder / "selection.json").is_file()
+    if not picked:
+        Study.open(options.folder)
 
-        print(write_selection(options.folder, options.output))
-        return
-    Study.open(options.folder)
+    from duet_jax.report import write_report, write_selection
 
-    from duet_jax.report import write_report
-
-    print(write_report(options.folder, options.output))
+    print(write_selection(options.folder, options.output) if picked else write_report(options.folder, options.output))
 
 
 def _found(path: Path) -> Path:

@@ -93,7 +93,7 @@ def panels(
     for number, (label, draw) in enumerate(parts):
         # A layout is not computed: it takes longer than the drawing, and all have the same margins.
         figure = Figure(figsize=(PANEL, 1.6))
-        ax = figure.add_axes((0.2, 0.15, 0.76, 0.7))
+        ax = figure.add_axes((0.2, 0.15, 0.7, 0.7))
         draw(ax)
         if limits is not None:
             margin = 0.05 * (limits[1] - limits[0]) or 0.5

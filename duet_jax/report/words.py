@@ -119,7 +119,6 @@ def direction(shares: np.ndarray, mean: np.ndarray, stderr: np.ndarray) -> str:
     top, bottom = int(np.argmax(mean)), int(np.argmin(mean))
     if mean[top] - mean[bottom] <= WIDE * math.hypot(stderr[top], stderr[bottom]):
         return "no clear effect"
-    place = (shares[top] - shares[0]) / (shares[-1] - shares[0])
-    if place >= 0.9:
+    if top == len(shares) - 1:
         return "more is better"
-    return "less is better" if place <= 0.1 else f"best near {percent(shares[top])}"
+    return "less is better" if top == 0 else f"best near {percent(shares[top])}"

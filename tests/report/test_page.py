@@ -163,6 +163,8 @@ def test_few_domains_and_many_domains(tmp_path: Path, make_study: Any, monkeypat
         assert re.findall('aria-label="mixtures that were tried, (.*?)"', text) == tried
         assert text.count('aria-label="average predicted score by share: ') == min(count, 4)
         assert ("of 25 domains the 4 that explain most" in text) == (count == 25)
+        # Of many domains the first rows are to be seen at once: of the mixture, and of what each domain does.
+        assert re.findall(r"<summary>(\d+) more domains</summary>", text) == (["13"] * 2 if count == 25 else [])
 
 
 def test_a_report_that_cannot_be_written(tmp_path: Path, make_study: Any) -> None:

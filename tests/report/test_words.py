@@ -50,6 +50,8 @@ def test_a_direction_is_read_from_an_effect() -> None:
     assert words.direction(shares, -shares, sure) == "less is better"
     assert words.direction(shares, -((shares - 0.4) ** 2), sure) == f"best near 40{NBSP}%"
     assert words.direction(shares, shares, unsure) == "no clear effect"
+    # A little is not less and less.
+    assert words.direction(shares, -((shares - 0.05) ** 2), sure) == f"best near 5{NBSP}%"
     # Of a domain that may have a fifth to two fifths, more is up to what is allowed.
     assert words.direction(0.2 + shares / 5, shares, sure) == "more is better"
     assert words.direction(np.full(21, 0.3), np.ones(21), sure) == "no clear effect"
