@@ -13,6 +13,8 @@ instead of 50 random mixtures; one model is trained per mixture and all feedback
 from __future__ import annotations
 
 import dataclasses
+import os
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -26,7 +28,7 @@ from duet_jax import job as jobs
 from duet_jax import kept, workers
 from duet_jax.config import StudyConfig
 from duet_jax.display import Display, shares
-from duet_jax.distributed.processes import first, lead, led, require_shared, several
+from duet_jax.distributed.processes import Stopped, first, lead, led, require_shared, several, stop_if_told
 from duet_jax.errors import DuetError, FeedbackError, StudyError
 from duet_jax.feedback import Deployed
 from duet_jax.feedback.likelihood import response_tokens
@@ -34,7 +36,7 @@ from duet_jax.job import Job
 from duet_jax.proposals import LONG_PAUSE, new_trial, next_trial
 from duet_jax.recall import at_target, make_search, recall
 from duet_jax.search import Search
-from duet_jax.storage import Folder, Place, at
+from duet_jax.storage import Folder, Place, Shelf, at
 from duet_jax.study import Study
 from duet_jax.tracking import Tracking
 from duet_jax.training.sft import StepReport, Trained
@@ -140,18 +142,26 @@ def _check_place(place: Place, config: StudyConfig, worker: str | None) -> None:
             f"The models of a task of kind '{config.task.kind}' are handed over in the study's folder, which "
             f"{storage.address} is not; give a folder that is shared."
         )
-    if several():
-        raise StudyError(
-            f"{storage.address} has no checkpoints, which the processes of a run share; give a folder of a file system "
-            f"that they share."
-        )
 
 
 def _begin(folder: Place, config: StudyConfig) -> Study:
     """The study as this process sees it, made by the first one if there is none."""
     lead(lambda: Study.begin(folder, config) and None)
-    require_shared(at(folder).local / "config.yaml")
-    return Study.open(folder, config)
+    storage = at(folder)
+    if isinstance(storage, Folder):
+        require_shared(storage.local / "config.yaml")
+    study = Study.open(storage, config)
+    if study.remote and several() and (config.selector.scores or config.training.online is not None):
+        seen = lead(lambda: tempfile.mkdtemp(prefix=".seen-", dir=study.folder))
+        try:
+            require_shared(
+                study.folder / Path(seen).name,
+                "there they keep what selectors and training.online score: set XDG_CACHE_HOME to a folder of a file "
+                "system they share, or score with duet select first (selector.kind: utilities)",
+            )
+        finally:
+            lead(os.rmdir, seen)
+    return study
 
 
 def _settle(study: Study, search: Search) -> Result:
@@ -254,7 +264,12 @@ def _closed(study: Study, trial: Trial, done: str, display: Display) -> bool:
 def train(job: Job, study: Study, trial: Trial, on_step: Callable[[StepReport], None]) -> tuple[Trial, Deployed]:
     """Samples the trial's examples, trains on them, or goes on from its checkpoint, and notes how it went."""
     began = time.perf_counter()
-    rows, repeats, trained, model = _fit(job, trial, kept.checkpoints(study, trial), on_step)
+    try:
+        rows, repeats, trained, model = _fit(job, trial, kept.checkpoints(study, trial), on_step)
+    except Stopped:
+        # Another machine may go on.
+        lead(study.share_metrics, trial)
+        raise
     if trial.training is None:
         notes = _notes(job, trained, model, rows, repeats, time.perf_counter() - began)
         trial = lead(study.update, trial, stage="trained", training=notes)
@@ -276,7 +291,7 @@ def deployed(job: Job, study: Study, trial: Trial) -> Deployed:
 
 
 def _fit(
-    job: Job, trial: Trial, folder: Path, on_step: Callable[[StepReport], None]
+    job: Job, trial: Trial, folder: Path | Shelf, on_step: Callable[[StepReport], None]
 ) -> tuple[np.ndarray, list[str], Trained, Deployed]:
     """Trains on the trial's counts with its settings; gives the rows, what is repeated, the training and its model."""
     rows, repeats = job.sample(np.array([trial.counts[name] for name in job.names]), trial.seeds["sample"])
@@ -339,28 +354,34 @@ def _export_best(job: Job, study: Study, number: int, display: Display) -> None:
         *_, model = _fit(job, trial, checkpoints, lambda report: display.step(number, report))
         model.export(study.folder / "best_model")
         if study.remote:
-            kept.publish(study, number)
+            lead(kept.publish, study, number)
 
 
 def _to_export(study: Study, search: Search, number: int, me: Worker | None, display: Display) -> int | None:
     """The trial whose model this run writes: the best one. None where another worker has put it into the object store.
 
-    In an object store a worker writes it whose machine has the checkpoints, or any if that one is gone. Which trial is
-    the best may change while this one waits.
+    In an object store the worker writes it that trained it, or any if that one is gone. Which trial is the best may
+    change while this one waits.
     """
-    if not study.remote:
-        return number
-    assert me is not None, "an object store has workers alone"
     said = ""
-    while kept.published(study) != number:
-        trial = study.trials()[number]
-        if trial.training is None or kept.checkpoints(study, trial).exists() or me.gone(trial.worker):
-            return number
-        if said != trial.worker:
-            display.say(f"{trial.worker}, which trained the best model, writes it; this worker waits for that")
-            said = str(trial.worker)
+    while study.remote and (writer := lead(_writer, study, number, me)) != "":
+        if writer is None:
+            return None
+        if said != writer:
+            display.say(f"{writer}, which trained the best model, writes it; this worker waits for that")
+            said = writer
+        stop_if_told()
         time.sleep(LONG_PAUSE)
-        found = best(study, search).trial
+        found = lead(best, study, search).trial
         assert found is not None, "what has been told stays told"
         number = found
-    return None
+    return number
+
+
+def _writer(study: Study, number: int, me: Worker | None) -> str | None:
+    """Another worker that is to write a trial's model into the object store; "": this one; None: it is there."""
+    assert me is not None, "an object store has workers alone"
+    if kept.published(study) == number:
+        return None
+    trial = study.trials()[number]
+    return "" if trial.training is None or me.gone(trial.worker) else str(trial.worker)

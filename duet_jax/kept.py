@@ -6,8 +6,8 @@
     exports/NNNN              a Hugging Face folder that waits to be scored
 
 Each claim of a trial has a folder of its own, which begins as the one before it: a worker that was taken for dead and
-still writes cannot touch it. Of a study in an object store they are in a folder of each machine, so a claim finds what
-earlier ones left on the same machine, and on another one nothing. The best model alone is copied into the store:
+still writes cannot touch it. Of a study in an object store the checkpoints are there, too (`Shelf`), and a claim goes
+on from those of earlier ones until it has its own. The best model is copied into the store:
 
     best_model/NNNN/  the Hugging Face folder of trial NNNN
     best_model.json   which of them is the best, written when it is there as a whole
@@ -21,18 +21,25 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from duet_jax.errors import StudyError
+from duet_jax.storage import Large, Shelf, discard
 from duet_jax.study import Study
 from duet_jax.trial import Trial
 
 
-def checkpoints(study: Study, trial: Trial) -> Path:
+def checkpoints(study: Study, trial: Trial) -> Path | Shelf:
     """Checkpoints of a trial under its present claim."""
-    return _of_claim(study, trial, trial.claim)
+    if isinstance(study.storage, Large):
+        names = [f"checkpoints/{_of_claim(trial, claim)}" for claim in reversed(range(trial.claim + 1))]
+        return Shelf(study.storage, names[0], names[1:])
+    return study.folder / "checkpoints" / _of_claim(trial, trial.claim)
 
 
-def target_checkpoints(study: Study, trial: Trial) -> Path:
+def target_checkpoints(study: Study, trial: Trial) -> Path | Shelf:
     """Checkpoints of a training at the target fidelity."""
-    return study.folder / "checkpoints" / f"{trial.trial:04d}-target"
+    name = f"{trial.trial:04d}-target"
+    if isinstance(study.storage, Large):
+        return Shelf(study.storage, f"checkpoints/{name}")
+    return study.folder / "checkpoints" / name
 
 
 def export(study: Study, number: int) -> Path:
@@ -42,10 +49,13 @@ def export(study: Study, number: int) -> Path:
 
 def inherit(study: Study, trial: Trial) -> None:
     """Gives a claim that was just made what the one before it left; for its holder alone to call."""
+    if study.remote:
+        return
+    parent = study.folder / "checkpoints"
     for claim in reversed(range(trial.claim)):
-        left = _of_claim(study, trial, claim)
+        left = parent / _of_claim(trial, claim)
         if left.exists():
-            left.rename(checkpoints(study, trial))
+            left.rename(parent / _of_claim(trial, trial.claim))
             return
 
 
@@ -55,12 +65,18 @@ def forget(study: Study, told: Sequence[Trial], keep: int | None) -> None:
     Any of them can be trained again to the same bits. What was told from outside while a worker trains it keeps its
     checkpoints, into which that worker still writes.
     """
+    trained = [trial for trial in told if trial.trial != keep and trial.training is not None]
     for trial in told:
         shutil.rmtree(export(study, trial.trial), ignore_errors=True)
-        if trial.trial != keep and trial.training is not None:
-            of_claims = (study.folder / "checkpoints").glob(f"{trial.trial:04d}-*")
-            for folder in (_of_claim(study, trial, 0), *of_claims):
-                shutil.rmtree(folder, ignore_errors=True)
+    if isinstance(study.storage, Large):
+        numbers = {f"{trial.trial:04d}" for trial in trained}
+        names = study.storage.listed("checkpoints") if numbers else []
+        discard(study.storage, [name for name in names if name.split("/")[1].partition("-")[0] in numbers])
+        return
+    for trial in trained:
+        of_claims = (study.folder / "checkpoints").glob(f"{trial.trial:04d}-*")
+        for folder in (study.folder / "checkpoints" / _of_claim(trial, 0), *of_claims):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def publish(study: Study, number: int) -> None:
@@ -85,5 +101,5 @@ def published(study: Study) -> int | None:
         raise StudyError(f"{study.address}/best_model.json is damaged; delete it.") from None
 
 
-def _of_claim(study: Study, trial: Trial, claim: int) -> Path:
-    return study.folder / "checkpoints" / (f"{trial.trial:04d}" + (f"-{claim}" if claim else ""))
+def _of_claim(trial: Trial, claim: int) -> str:
+    return f"{trial.trial:04d}" + (f"-{claim}" if claim else "")

@@ -4,8 +4,8 @@
 
 Nobody can know of a process that is silent whether it has died, hangs, or cannot be reached. So nothing depends on it:
 what counts is the claim of a trial, and each report is a write on the condition that the claim is still the one that
-was read (`Study`). Silence only decides when another worker begins the trial anew. If it is wrong about that, a
-training is lost, and never feedback; whichever process tells the trial under its last claim is heard.
+was read (`Study`). Silence only decides when another worker takes the trial up. If it is wrong about that, some steps
+of a training are lost, and never feedback; whichever process tells the trial under its last claim is heard.
 
 A heartbeat is a write on the condition that the one before is still there. A process that takes over a name that was
 silent thereby ends the lease of the one before, which finds out when it looks for its next trial, and stops.

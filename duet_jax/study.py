@@ -10,7 +10,8 @@ read, so `duet tell` works beside a run. In a folder, the study's own, or one of
 in an object store, there are
 
     metrics.jsonl     one line a logged training step
-    metrics.NAME.jsonl  the same of the worker NAME; metrics/NNNN-C.jsonl in an object store has a trial's, once trained
+    metrics.NAME.jsonl  the same of the worker NAME; metrics/NNNN-C.jsonl in an object store has a trial's, up to its
+                        last checkpoint
     ratings.jsonl     what people say of the trials, where they are asked
     write.lock        held for the moment of a change
 """

@@ -51,6 +51,9 @@ class Watch:
                 log(report.step, row)
                 self.after_step(report.step == report.steps)
             due = report.step % LOOK == 0 if several() else time.monotonic() - looked > BEAT
+            if self.study.remote and report.step % self.study.config.training.checkpoint_every == 0:
+                # Another machine that goes on from this step's checkpoint has the steps before it from there.
+                lead(self.study.share_metrics, trial)
             if owner and due:
                 looked = time.monotonic()
                 if not lead(self.study.holds, trial):

@@ -12,8 +12,7 @@ longer the last one.
 On a shared file system this relies on what local ones and NFS 4 have: locks (flock) that the server gives back when
 their holder is gone, a rename that is seen whole, a link that fails if the name is taken, and files that are read anew
 when they are opened; a folder may be listed as it was a minute ago. In an object store there are no locks, and no run
-alone: see `leases`. There the checkpoints are on the machine that trained, and a worker on another one begins the trial
-anew. No clocks of two hosts are compared.
+alone: see `leases`; checkpoints are in the store. No clocks of two hosts are compared.
 """
 
 from __future__ import annotations

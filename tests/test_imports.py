@@ -20,9 +20,9 @@ ALLOWED = {
     "data": set(),
     # Where arrays lie and what devices are: it knows nothing of what is computed there.
     "distributed": set(),
-    # Small texts by name: it knows nothing of studies.
+    # Texts and checkpoints by name: it knows nothing of studies.
     "storage": {"_files"},
-    "training": {"kernels", "models", "data", "distributed"},
+    "training": {"kernels", "models", "data", "distributed", "storage"},
     "feedback": {"kernels", "models", "data", "distributed"},
     "influence": {"kernels", "models", "data", "distributed", "_files"},
     "selection": {

@@ -188,10 +188,24 @@ def led(make: Callable[[], AbstractContextManager[Value]]) -> Iterator[Value | N
         yield entered[0] if entered else None
 
 
-def require_shared(path: Path) -> None:
+def agree(error: BaseException | None, what: str) -> None:
+    """Raises this process's error, or a StudyError if it has none and another one has; for all processes to call.
+
+    Args:
+      error: that kept this process from doing its part.
+      what: all had to do, after the word "not".
+    """
+    failed = multihost_utils.process_allgather(np.array(error is not None)) if several() else np.zeros(1)
+    if error is not None:
+        raise error
+    if failed.any():
+        raise StudyError(f"Process {failed.argmax()} of {len(failed)} of this run could not {what}; it says why.")
+
+
+def require_shared(path: Path, advice: str = "give a folder of a file system they share") -> None:
     """Raises a StudyError on all processes if one does not see what the first one has made."""
     if several() and not multihost_utils.process_allgather(np.array(path.exists())).all():
-        raise StudyError(f"{path} is not seen by all processes of this run; give a folder of a file system they share.")
+        raise StudyError(f"{path} is not seen by all processes of this run; {advice}.")
 
 
 @contextlib.contextmanager

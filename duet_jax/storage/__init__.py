@@ -1,7 +1,7 @@
 """Where the processes of a study keep what they share: small texts by name, in a folder or in an object store.
 
-A name is a path with slashes, as trials/0007.json. What is large, such as checkpoints, never goes through here, but for
-`upload`: it lies in `local`, a folder of this machine.
+A name is a path with slashes, as trials/0007.json. What is large lies in `local`, a folder of this machine, and is
+copied by `upload`; checkpoints in an object store are on a `Shelf`.
 
 There are no locks in this interface. A text is made by `create`, of several processes by one, and changed by `read` and
 `replace`, which refuses if it is not as it was read. So a process that dies in between has changed nothing, and one
@@ -19,6 +19,9 @@ from urllib.parse import unquote, urlsplit
 from duet_jax.errors import StudyError
 from duet_jax.storage.folder import Changed as Changed
 from duet_jax.storage.folder import Folder as Folder
+from duet_jax.storage.shelf import Large as Large
+from duet_jax.storage.shelf import Shelf as Shelf
+from duet_jax.storage.shelf import discard as discard
 
 SCHEMES = ("s3", "gs", "az")
 

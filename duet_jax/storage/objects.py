@@ -10,13 +10,14 @@ from __future__ import annotations
 import os
 import re
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from obstore.exceptions import AlreadyExistsError, BaseError, GenericError, PreconditionError
 from obstore.store import from_url
 
@@ -125,8 +126,31 @@ class Objects:
 
     def upload(self, path: Path, name: str) -> None:
         """See `Storage`; in parts, of which the object is made when all are there."""
+        self._put_large(name, path, path.stat().st_size)
+
+    def write_large(self, name: str, content: np.ndarray) -> None:
+        """See `Large`."""
+        self._put_large(name, content, content.nbytes)
+
+    def read_range(self, name: str, start: int, size: int) -> bytes:
+        """See `Large`."""
         with self._told():
-            self._store.put(name, path, chunk_size=max(PART, path.stat().st_size // MOST_PARTS + 1))
+            return bytes(self._store.get_range(name, start=start, length=size))
+
+    def listed(self, folder: str) -> list[str]:
+        """See `Large`."""
+        with self._told():
+            return [each["path"] for page in self._store.list(f"{folder}/") for each in page]
+
+    def remove(self, names: Sequence[str]) -> None:
+        """See `Large`."""
+        if names:
+            with self._told():
+                self._store.delete(list(names))
+
+    def _put_large(self, name: str, content: Path | np.ndarray, size: int) -> None:
+        with self._told():
+            self._store.put(name, content, chunk_size=max(PART, size // MOST_PARTS + 1))
 
     def _put(self, name: str, content: bytes, mode: str | dict[str, str]) -> dict[str, str] | None:
         """Writes under a condition; gives the new version, or None if the condition does not hold.

@@ -1,4 +1,8 @@
-"""Checkpoints of one training, through orbax: written beside the training, found again after any crash."""
+"""Checkpoints of one training: written beside the training, found again after any crash.
+
+In a folder orbax writes them. It has no way to the object stores that this library does without further packages, nor
+any to Azure's; there they are in `parts`.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,8 @@ import orbax.checkpoint as ocp
 
 from duet_jax.distributed.processes import deferring, lead
 from duet_jax.errors import ModelError
+from duet_jax.storage import Shelf
+from duet_jax.training.parts import Parts
 
 
 class _Manager(ocp.CheckpointManager):
@@ -22,13 +28,31 @@ class _Manager(ocp.CheckpointManager):
         del step
         return False
 
+    def latest(self) -> tuple[int, Any] | None:
+        """The newest step, and the name of its checkpoint."""
+        step = self.latest_step()
+        return None if step is None else (step, step)
+
+    def about(self, name: int) -> dict[str, Any]:
+        """What was written with a state."""
+        return self.restore(name, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
+
+    def write(self, step: int, state: Any, about: dict[str, Any]) -> None:
+        """Writes a state in the background."""
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about))
+        self.save(step, args=args, force=True)
+
+    def read(self, name: int, abstract: Any) -> Any:
+        """A state laid out as a tree of shapes with shardings."""
+        return self.restore(name, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))["state"]
+
 
 class Checkpoints:
-    """The latest state of one training, in a folder of its own.
+    """The latest state of one training, in a folder of its own, or on a shelf of an object store.
 
     A checkpoint appears whole or not at all (orbax writes beside it and renames), and the one before it is
     removed only then. Of several processes each writes and reads the parts of its own devices, in a folder that all
-    of them see.
+    of them see, or on a shelf.
 
     Args:
       folder: made when missing.
@@ -36,10 +60,14 @@ class Checkpoints:
         checkpoint found in the folder must carry the same.
     """
 
-    def __init__(self, folder: Path, identity: Mapping[str, str]):
-        self._folder = folder.absolute()
+    def __init__(self, folder: Path | Shelf, identity: Mapping[str, str]):
+        self._folder = folder if isinstance(folder, Shelf) else folder.absolute()
         self._identity = dict(identity)
-        self._manager = _Manager(self._folder, options=ocp.CheckpointManagerOptions(max_to_keep=1))
+        self._manager: _Manager | Parts
+        if isinstance(self._folder, Shelf):
+            self._manager = Parts(self._folder)
+        else:
+            self._manager = _Manager(self._folder, options=ocp.CheckpointManagerOptions(max_to_keep=1))
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -52,6 +80,9 @@ class Checkpoints:
     ) -> None:
         # What is being written is earned already.
         with deferring():
+            if isinstance(self._manager, Parts):
+                self._manager.close(error)
+                return
             self._manager.wait_until_finished()
             self._manager.close()
 
@@ -60,14 +91,8 @@ class Checkpoints:
 
         A step that is there already stays: a training that was killed and goes on comes by with the same bits.
         """
-        if lead(lambda: step in self._manager.all_steps()):
-            return
-        about = {"identity": self._identity, "progress": dict(progress)}
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about)),
-            force=True,
-        )
+        if not lead(lambda: step in self._manager.all_steps()):
+            self._manager.write(step, state, {"identity": self._identity, "progress": dict(progress)})
 
     def restore(self, like: Any) -> tuple[int, Any, dict[str, float]] | None:
         """The newest checkpoint, or None where there is none.
@@ -82,20 +107,19 @@ class Checkpoints:
         Raises:
           ModelError: the checkpoint is of another model or of other data.
         """
-        step = lead(self._manager.latest_step)
-        if step is None:
+        latest = lead(self._manager.latest)
+        if latest is None:
             return None
-        found = self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))
-        about = found["about"]
-        for name, wanted in self._identity.items():
-            written = about["identity"].get(name)
+        step, name = latest
+        about = self._manager.about(name)
+        for key, wanted in self._identity.items():
+            written = about["identity"].get(key)
             if written != wanted:
                 raise ModelError(
-                    f"The checkpoint {self._folder / str(step)} was written by a training with another {name} "
-                    f"({str(written)[:12]}, now {wanted[:12]}); restore the {name} it began with, or delete "
+                    f"The checkpoint {self._folder}/{step} was written by a training with another {key} "
+                    f"({str(written)[:12]}, now {wanted[:12]}); restore the {key} it began with, or delete "
                     f"the folder {self._folder} to train this trial anew."
                 )
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
         jax.tree.map(lambda x: x.delete(), like)
-        restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))
-        return step, restored["state"], about["progress"]
+        return step, self._manager.read(name, abstract), about["progress"]

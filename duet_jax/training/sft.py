@@ -29,6 +29,7 @@ from duet_jax.kernels.linear_cross_entropy import linear_cross_entropy
 from duet_jax.models import llama
 from duet_jax.models import lora as adapters
 from duet_jax.models.flops import training_flops
+from duet_jax.storage import Shelf
 from duet_jax.training import online
 from duet_jax.training.checkpoint import Checkpoints
 from duet_jax.training.optimiser import adam, learning_rates
@@ -248,7 +249,7 @@ class Trainer:
         seed: int,
         start_seed: int,
         fingerprint: str = "",
-        folder: Path | None = None,
+        folder: Path | Shelf | None = None,
         on_step: Callable[[StepReport], None] = lambda report: None,
         on_epoch: Callable[[int, TrainState], None] | None = None,
         reference: np.ndarray | None = None,
@@ -262,7 +263,7 @@ class Trainer:
           start_seed: first values of the adapters. Kept the same over rounds, it makes their comparison
             fairer (common random numbers).
           fingerprint: of the base model, kept with checkpoints.
-          folder: where checkpoints go, every `checkpoint_every` steps and at the end; None for none.
+          folder: where checkpoints go, every `checkpoint_every` steps and at the end, or the shelf; None for none.
           on_step: called after each step, one step late so that the device never waits for it.
           on_epoch: called with the number of steps done and the state at the end of each epoch, before a checkpoint
             is written there; the next step takes the state's arrays over. An epoch's end may come by a second time

@@ -40,6 +40,7 @@ from duet_jax.models import llama, slots
 from duet_jax.models import lora as adapters
 from duet_jax.models.sampling import Sampling
 from duet_jax.select import select
+from duet_jax.storage import Shelf
 from duet_jax.training.checkpoint import Checkpoints
 from duet_jax.training.sft import Trainer
 
@@ -108,6 +109,30 @@ def restored(mesh: Mesh | None) -> Found:
         found = checkpoints.restore(trainer(mesh).start(jax.random.key(9)))
     assert found is not None
     return {"step": found[0], "share": largest_shard(found[1])} | flat(found[1].trainable, "trained")
+
+
+def shelved(mesh: Mesh | None) -> Found:
+    """A state that a mesh leaves in an object store, and what others and one device find there."""
+    from obstore.store import MemoryStore
+
+    from duet_jax.storage.objects import Objects
+
+    store = Objects(MemoryStore(), "memory")
+    state = trainer(mesh).start(jax.random.key(9))
+    with Checkpoints(Shelf(store, "c"), {}) as checkpoints:
+        checkpoints.save(3, state, {})
+    name, _, _ = max(store.listed("c")).rpartition("/")
+    sizes = [len(store.read(part)[0]) for part in store.listed(name)]
+    found = {"written": sum(sizes) / sum(leaf.nbytes for leaf in jax.tree.leaves(state))}
+    for text in ("one", "1,8,1", "1,2,4", "8,1,1"):
+        like = trainer(mesh_of(text)).start(jax.random.key(0))
+        with Checkpoints(Shelf(store, "c"), {}) as checkpoints:
+            _, other, _ = checkpoints.restore(like) or (0, like, {})
+        found[f"kept {text}"] = all(
+            np.array_equal(one, two) and two.sharding == three.sharding
+            for one, two, three in zip(*map(jax.tree.leaves, (state, other, like)), strict=True)
+        )
+    return found
 
 
 def batch() -> tuple[np.ndarray, np.ndarray]:
@@ -249,6 +274,7 @@ PARTS = {
     "hlo": lambda mesh, folder: hlo(mesh),
     "less": lambda mesh, folder: selection(mesh, folder),
     "choices": lambda mesh, folder: choices(),
+    "shelved": lambda mesh, folder: shelved(mesh),
     "restored": lambda mesh, folder: restored(mesh),
     "told": lambda mesh, folder: told(mesh),
 }
@@ -270,9 +296,14 @@ def told(mesh: Mesh | None) -> Found:
         missed = ""
     except StudyError as error:
         missed = str(error)
+    try:
+        processes.agree(StudyError("mine") if number == 1 else None, "read it")
+        failed = ""
+    except StudyError as error:
+        failed = str(error)
     rows = np.arange(4 * jax.device_count(), dtype=np.float32)
     whole = np.asarray(readable(place_rows(mesh, rows) * 2))
-    found = {"long": len(long), "last": long[-1], "nested": nested, "said": said, "missed": missed}
+    found = {"long": len(long), "last": long[-1], "nested": nested, "said": said, "missed": missed, "failed": failed}
     return found | {"entered": heard, "whole": whole}
 
 

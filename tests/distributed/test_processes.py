@@ -25,6 +25,8 @@ import yaml
 
 from duet_jax.distributed import processes
 from duet_jax.errors import ConfigError
+from duet_jax.storage import at
+from duet_jax.study import Study
 from duet_jax.training.checkpoint import Checkpoints
 
 HERE = Path(__file__).parent
@@ -228,6 +230,7 @@ def check_training(compute: Callable[..., Found], count: int, mesh: str, *furthe
     told = {name.split()[1]: value for name, value in many.items() if name.startswith(f"{mesh}:told")}
     assert (told["long"], told["last"], told["nested"], told["entered"]) == (20_001, "0", 1, 0)
     assert "at least 1" in str(told["said"]) and "is not seen by all processes" in str(told["missed"])
+    assert told["failed"] == f"Process 1 of {count} of this run could not read it; it says why."
     np.testing.assert_array_equal(told["whole"], 2 * np.arange(4 * count))
     return many
 
@@ -263,10 +266,11 @@ def test_four_processes_train_and_sketch_alike(compute: Callable[..., Found]) ->
             np.testing.assert_array_equal(found[f"{mesh}:restored {name}"], many[f"2,2,1:lora {name}"])
 
 
-# Steps last long enough for a signal to be heard in the middle of a training.
+# Steps last long enough for a signal to be heard in the middle of a training; a name is free soon after a kill.
 SLOWLY = """
 import sys, time
-from duet_jax import cli, metering
+from duet_jax import cli, leases, metering
+leases.BEAT = 2.0
 read = metering.Meter.read
 metering.Meter.read = lambda self, report: (time.sleep(0.1), read(self, report))[1]
 sys.exit(cli.main(sys.argv[1:]))
@@ -293,22 +297,23 @@ def write_config(folder: Path) -> Path:
 
 
 @contextmanager
-def study(folder: Path, count: int) -> Iterator[list[Any]]:
-    """The study of `folder`, run by so many processes."""
-    command = [sys.executable, "-c", SLOWLY, "run", str(folder / "config.yaml"), "--study", str(folder / "study")]
+def study(folder: Path, count: int, bucket: str | None = None) -> Iterator[list[Any]]:
+    """The study of `folder`, or in a bucket, run by so many processes, which then have no folder in common."""
+    command = [sys.executable, "-c", SLOWLY, "run", str(folder / "config.yaml")]
+    command += ["--study", str(folder / "study")] if bucket is None else ["--study", bucket, "--worker", "one"]
     address = f"localhost:{free_port()}"
     together = [["--cluster", address, "--processes", str(count), "--process", str(i)] for i in range(count)]
-    with started([[*command, *flags] for flags in (together if count > 1 else [[]])], folder) as running:
+    caches = {} if bucket is None else {"XDG_CACHE_HOME": [str(folder / f"{count}-{i}") for i in range(count)]}
+    with started([[*command, *flags] for flags in (together if count > 1 else [[]])], folder, **caches) as running:
         yield running
 
 
-def whole(folder: Path, count: int) -> list[dict[str, Any]]:
+def whole(folder: Path, count: int, bucket: str | None = None) -> list[dict[str, Any]]:
     """The trials of a study that runs to its end."""
-    with study(folder, count) as running:
+    with study(folder, count, bucket) as running:
         codes, said = end(running, folder)
     assert codes == [0] * count, "\n".join(said)[-5000:]
-    trials = sorted((folder / "study" / "trials").glob("*.json"))
-    return [json.loads(path.read_text()) for path in trials]
+    return [json.loads(text) for _, text in sorted(at(bucket or folder / "study").read_all("trials").items())]
 
 
 def same(trials: list[dict[str, Any]], others: list[dict[str, Any]]) -> None:
@@ -319,9 +324,9 @@ def same(trials: list[dict[str, Any]], others: list[dict[str, Any]]) -> None:
         np.testing.assert_allclose(one["feedback"]["value"], other["feedback"]["value"], **TOLERANCE)
 
 
-def steps(folder: Path, trial: int) -> list[int]:
-    """Steps of a trial that were taken, in the order they were noted."""
-    path = folder / "study" / "metrics.jsonl"
+def steps(folder: Path, trial: int, noted: str = "study/metrics.jsonl") -> list[int]:
+    """Steps of a trial that were taken, in the order they were noted, in the file of that pattern, if there is one."""
+    path = next(folder.glob(noted), folder / "none")
     # The last line of a study that runs may be half written.
     whole, _, _ = path.read_text().rpartition("\n") if path.exists() else ("", "", "")
     rows = [json.loads(line) for line in whole.splitlines()]
@@ -387,6 +392,40 @@ def test_a_study_is_stopped_killed_and_ended_by_other_numbers_of_processes(
         assert "another process of this run has ended" in said[number] or "another task died" in said[number]
     assert "another process of this run has ended" in said[0]
     same(whole(tmp_path, 1), by_one)
+
+
+@pytest.mark.slow
+@needs_model
+def test_a_study_in_a_bucket_goes_on_with_other_numbers_of_processes(
+    by_one: list[dict[str, Any]], s3: str, tmp_path: Path
+) -> None:
+    """By two, of which one is killed; by four, of which one is told to stop; and by one; none sees another's folder."""
+    write_config(tmp_path)
+
+    def taken(count: int, trial: int) -> list[int]:
+        """By the first one of so many processes, on whose machine they are noted."""
+        return steps(tmp_path, trial, f"{count}-0/**/metrics.one.jsonl")
+
+    with study(tmp_path, 2, s3) as running:
+        until(lambda: len(taken(2, 0)) > 25, running)
+        running[1].kill()
+        codes, said = end(running, tmp_path)
+    assert codes[0] in (processes.LOST, -signal.SIGABRT), said[0][-5000:]
+    with study(tmp_path, 4, s3) as running:
+        until(lambda: len(taken(4, 1)) > 3, running)
+        running[3].send_signal(signal.SIGTERM)
+        codes, said = end(running, tmp_path)
+    assert codes == [STOPPED] * 4, "\n".join(said)[-5000:]
+    assert taken(4, 0) == list(range(16, STEPS + 1)), "a killed process loses the steps since the last checkpoint"
+    stopped = taken(4, 1)[-1]
+    same(whole(tmp_path, 1, s3), by_one)
+    assert taken(1, 1) == list(range(stopped + 1, STEPS + 1)), "none that was told to stop loses any"
+    rows = Study.open(s3).metrics()
+    assert [(row["trial"], row["step"]) for row in rows] == [
+        (i, step) for i in range(2) for step in range(1, STEPS + 1)
+    ]
+    kept = {name.split("/")[1] for name in at(s3).listed("checkpoints")}  # type: ignore[attr-defined]
+    assert len(kept) == 1, "of the best trial alone"
 
 
 @pytest.mark.slow

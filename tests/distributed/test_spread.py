@@ -110,6 +110,15 @@ def test_what_a_mesh_cannot_share_is_refused(together: Found) -> None:
 
 
 @pytest.mark.slow
+def test_a_checkpoint_in_an_object_store_is_that_of_every_mesh(compute: Callable[..., Found]) -> None:
+    """To the same bits, where the mesh has it, and each piece is written once."""
+    pytest.importorskip("obstore")
+    found = compute(f"{SHARED}:shelved")
+    assert found.pop(f"{SHARED}:shelved written") == 1
+    assert len(found) == 4 and all(found.values()), found
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [FSDP, SHARED])
 def test_a_deployed_model_scores_and_writes_alike(compute: Callable[..., Found], mesh: str) -> None:
     found, run = compute(*both(["deployed"], FSDP, SHARED)), f"{mesh}:deployed"

@@ -6,9 +6,12 @@ import json
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from duet_jax import cli, duet, kept, leases, proposals, workers
@@ -18,6 +21,7 @@ from duet_jax.display import Display
 from duet_jax.errors import FeedbackError, Overtaken, StudyError
 from duet_jax.report import write_report
 from duet_jax.study import Study
+from duet_jax.training.checkpoint import Checkpoints
 from duet_jax.trial import Trial
 
 HALVES = {"a": 0.5, "b": 0.5}
@@ -282,19 +286,28 @@ def test_workers_do_all_rounds_and_no_more(
     assert [trial.status for trial in trials] == ["completed"] * rounds and {trial.claim for trial in trials} == {1}
 
 
-def test_a_claim_finds_the_checkpoints_of_its_own_machine(
+def test_a_claim_goes_on_from_the_checkpoints_of_another_machine(
     studies: tuple[Study, Study], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     one, other = studies
     first = add(one, "one")
-    (kept.checkpoints(one, first) / "step").mkdir(parents=True)
-    second = one.claim(first, "two")
-    kept.inherit(one, second)
-    assert (kept.checkpoints(one, second) / "step").exists()
+    state = {"x": jnp.arange(8.0)}
+    with Checkpoints(kept.checkpoints(one, first), {}) as checkpoints:
+        checkpoints.save(5, state, {"loss": 2.0})
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another machine"))
-    third = other.claim(second, "three")
-    kept.inherit(other, third)
-    assert not kept.checkpoints(other, third).exists() and other.folder != one.folder
+    second = other.claim(first, "two")
+    kept.inherit(other, second)
+    with Checkpoints(kept.checkpoints(other, second), {}) as checkpoints:
+        found = checkpoints.restore({"x": jnp.zeros(8)})
+        assert found is not None and (found[0], found[2]) == (5, {"loss": 2.0})
+        np.testing.assert_array_equal(found[1]["x"], np.arange(8.0))
+        checkpoints.save(6, found[1], {"loss": 1.0})
+    assert not kept.checkpoints(one, first).exists() and kept.checkpoints(other, second).exists()
+    told = [other.update(second, stage="trained", training={"loss": 1.0})]
+    kept.forget(other, told, keep=0)
+    assert kept.checkpoints(other, second).exists()
+    kept.forget(other, told, keep=1)
+    assert other.storage.listed("checkpoints") == []  # type: ignore[attr-defined]
 
 
 def test_steps_of_a_trained_trial_are_shared(
@@ -374,6 +387,26 @@ def test_runs_that_need_a_folder(worker: str | None, task: dict[str, Any], sente
         duet.run(make_config(task=task), "gs://bucket/x", quiet=True, worker=worker)
 
 
+@pytest.mark.parametrize("kind", ["random", "less"])
+def test_several_hosts_that_score_need_one_folder_for_it(
+    memory: Any, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    seen: list[bool] = []
+
+    def missing(path: Path, advice: str) -> None:
+        seen.append(path.is_dir())
+        raise StudyError(f"{path} is missing; {advice}.")
+
+    monkeypatch.setattr(duet, "several", lambda: True)
+    monkeypatch.setattr(duet, "require_shared", missing)
+    asked = pytest.raises(StudyError, match="set XDG_CACHE_HOME to a folder") if kind == "less" else nullcontext()
+    with asked:
+        study = duet._begin(objects(memory), make_config(selector={"kind": kind}))
+        assert study.remote
+    assert seen == [True] * (kind == "less")
+    assert not list(objects(memory).local.iterdir())
+
+
 def test_a_report_needs_a_file(studies: tuple[Study, Study], tmp_path: Path) -> None:
     with pytest.raises(StudyError, match="s3://bucket/study is no folder for the report; give a file: --output FILE"):
         write_report(studies[0].storage)
@@ -398,7 +431,7 @@ WALK = {"letters": 6, "length": 8, "examples": 300}
 
 @pytest.mark.slow
 def test_a_run_on_three_machines(memory: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The first one ends in its first training, the second one does all, and for the third one nothing is left."""
+    """The first one ends in its first training, the second one goes on, and for the third one nothing is left."""
     domain = {"source": "synthetic:walk", "options": WALK}
     config = make_config(
         budget=96,
@@ -432,7 +465,7 @@ def test_a_run_on_three_machines(memory: Any, monkeypatch: pytest.MonkeyPatch, t
     assert [(trial.worker, trial.claim) for trial in trials] == [("two", 2), ("two", 1), ("two", 1)]
     rows = study.metrics()
     assert [(row["trial"], row["step"]) for row in rows] == [(i, step) for i in range(3) for step in range(1, 13)]
-    assert {row["worker"] for row in rows} == {"two"}, "the first trial was trained anew"
+    assert [row["worker"] for row in rows] == ["one"] * 4 + ["two"] * 32, "no step is taken twice"
     assert run("three") == alone
     assert not list(tmp_path.glob("three/**/metrics*")) and kept.published(study) == alone.trial
     model = study.storage.read(f"best_model/{alone.trial:04d}/model.safetensors")[0]
