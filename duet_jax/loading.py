@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -235,12 +236,13 @@ def load(
     if training.online is not None:
         raise ConfigError("training.online is of the rounds of a study; leave it out.")
 
+    # A training that is to read the base again must not keep the texts, which a model with a tokenizer does not need.
+    texts = ([], ()) if config.scratch is None else (domains, others)
+
     def read() -> models.Model:
-        if len(devices) < 2:
-            return _load_model(config, data, training, domains, others, seed)
         # What many devices hold together may be more than one of them can.
-        with jax.default_device(jax.local_devices(backend="cpu")[0]):
-            return _load_model(config, data, training, domains, others, seed)
+        with nullcontext() if len(devices) < 2 else jax.default_device(jax.local_devices(backend="cpu")[0]):
+            return _load_model(config, data, training, *texts, seed)
 
     model = read()
     check_layers(model, training, [training.lora.layers or ()])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 import types
+import weakref
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -120,6 +122,26 @@ def test_the_best_model_is_exported_and_loads(straight):
     again = job.task(Deployed(engine, exported.params))
     told = Study.open(folder).trials()[result.trial].feedback["value"]
     assert again.value == pytest.approx(told, abs=1e-5)
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_texts_are_given_up_once_they_are_tokens(straight, tmp_path, monkeypatch, method):
+    from duet_jax import job as jobs
+
+    domains = []
+
+    def load_all(*given):
+        found = loading.load_all(*given)
+        domains.extend(map(weakref.ref, found))
+        return found
+
+    monkeypatch.setattr(jobs, "load_all", load_all)
+    config = settings(
+        model={"source": str(straight[0] / "best_model")}, training={"method": method, "learning_rate": 0.01}
+    )
+    job = jobs.prepare(config, tmp_path, lambda line: None)
+    gc.collect()
+    assert len(job.data) == 810 and [domain() for domain in domains] == [None] * 3
 
 
 def test_a_finished_study_trains_nothing_and_more_rounds_go_on(straight, tmp_path):

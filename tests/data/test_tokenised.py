@@ -7,7 +7,7 @@ import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
-from duet_jax.data import Example, encode, encode_prompts, gather_batch
+from duet_jax.data import Example, encode, encode_prompts, gather_batch, tokenised
 from duet_jax.data.characters import CharacterTokenizer
 from duet_jax.errors import DataError
 
@@ -155,6 +155,21 @@ def test_all_responses_truncated_away_is_one_clear_error():
         encode(examples, Fake(), chat=False, max_length=1)
     empty = encode([], Fake(), chat=False, max_length=6)
     assert len(empty) == 0 and empty.lengths.shape == (0,) and empty.prompt_lengths.shape == (0,)
+
+
+def test_examples_are_tokenised_a_few_at_a_time(monkeypatch):
+    class Small(Fake):
+        def encode_batch(self, texts):
+            assert len(texts) <= 2
+            return super().encode_batch(texts)
+
+    examples = [Example(str(i), "c" * (1 + i), "def") for i in range(5)]
+    whole = encode(examples, Fake(), chat=False, max_length=7)
+    monkeypatch.setattr(tokenised, "TOGETHER", 2)
+    parts = encode(examples, Small(), chat=False, max_length=7)
+    assert parts.digest == whole.digest and (parts.ids, parts.cut, parts.dropped) == (whole.ids, whole.cut, 1)
+    with pytest.raises(DataError, match="the shortest prompt alone has 3 tokens"):
+        encode(examples, Small(), chat=False, max_length=2)
 
 
 def test_long_prompts_for_generation_keep_bos_and_their_end():
