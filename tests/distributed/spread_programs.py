@@ -7,11 +7,13 @@ Writes arrays by name. One of several processes is told by the variable DUET_CLU
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -24,7 +26,7 @@ from jax.sharding import Mesh
 from duet_jax import config as configs
 from duet_jax import models
 from duet_jax._decode import decode
-from duet_jax.config import AXES, LoraSettings, MeshConfig, SelectConfig, TrainingConfig
+from duet_jax.config import AXES, LoraSettings, MeshConfig, OnlineConfig, SelectConfig, TrainingConfig
 from duet_jax.data import Domain, Encoded, Example
 from duet_jax.data.characters import CharacterTokenizer
 from duet_jax.distributed import processes
@@ -42,6 +44,7 @@ from duet_jax.models.sampling import Sampling
 from duet_jax.select import select
 from duet_jax.storage import Shelf
 from duet_jax.training.checkpoint import Checkpoints
+from duet_jax.training.reports import StepReport
 from duet_jax.training.sft import Trainer
 
 TOKENIZER = CharacterTokenizer("abcdefghijklmnopqrstuvwxyz .,?!ABCDEFGHIJKLM")
@@ -101,6 +104,20 @@ def training(mesh: Mesh | None, folder: Path, method: str) -> Found:
     state = subject.start(jax.random.key(0))
     found = {"losses": np.array(losses), "share": largest_shard(state), "programs": subject.step._cache_size()}
     return found | flat(trained.trainable, "trained")
+
+
+def chosen_online(mesh: Mesh | None) -> Found:
+    """Four steps, each on half of its candidates; the last one of an epoch has fewer of them."""
+    subject = trainer(mesh, online=OnlineConfig(candidates=2 * BATCH), epochs=2)
+    reports: list[StepReport] = []
+    reference = np.random.default_rng(2).uniform(5, 40, EXAMPLES).astype(np.float32)
+    trained = subject.fit(
+        data(), np.arange(EXAMPLES), seed=1, start_seed=0, on_step=reports.append, reference=reference
+    )
+    numbers = np.array([(report.loss, report.score) for report in reports])
+    found = {"losses": numbers[:, 0], "score": numbers[:, 1], "programs": subject.step._cache_size()}
+    # Of other examples there would be other numbers of tokens.
+    return found | {"tokens": np.array([report.tokens for report in reports])} | flat(trained.trainable, "trained")
 
 
 def restored(mesh: Mesh | None) -> Found:
@@ -205,18 +222,19 @@ def hlo(mesh: Mesh | None) -> Found:
     return {"collectives": np.array(sorted(collectives(text)))}
 
 
-def selection(mesh: Mesh | None, folder: Path) -> Found:
-    """Chosen examples and their utilities."""
+def selection(mesh: Mesh | None, folder: Path, selector: dict[str, Any]) -> Found:
+    """Chosen examples and their utilities, by a model of as many heads as `MODEL`."""
     walk = {"letters": 5, "length": 6, "examples": 40}
     domains = [{"name": tag, "source": "synthetic:walk", "options": {**walk, "tags": tag}} for tag in "AB"]
-    scratch = {"hidden_size": 16, "intermediate_size": 32, "num_layers": 1, "num_heads": 2, "num_kv_heads": 2}
+    heads = MODEL.num_kv_heads
+    scratch = {"hidden_size": 16, "intermediate_size": 32, "num_layers": 1, "num_heads": heads, "num_kv_heads": heads}
     tree = {
         "name": "walks",
         "count": 16,
         "data": {"max_length": 10, "buckets": [10], "validation_fraction": 0.2, "domains": domains},
         "model": {"scratch": scratch},
         "training": {"learning_rate": 0.01, "batch_size": 8, "lora": {"rank": 2}},
-        "selector": {"kind": "less", "k": 512, "rule": "top_k", "warmup_epochs": 1},
+        "selector": {"rule": "top_k", "warmup_epochs": 1, **selector},
         "mesh": None if mesh is None else dict(mesh.shape),
     }
     devices = jax.devices()[:1] if mesh is None else jax.devices()
@@ -264,6 +282,14 @@ def choices() -> Found:
     return {"sizes": np.array([tuple(mesh.shape.values()) for mesh in meshes]), "said": np.array(said)}
 
 
+def wide(part: Callable[..., Found], *arguments: Any) -> Found:
+    """A part with a model of eight heads, which as many devices may have one each of."""
+    model = dataclasses.replace(MODEL, num_heads=8, num_kv_heads=8, head_dim=4)
+    with mock.patch.dict(globals(), MODEL=model):
+        return part(*arguments)
+
+
+LESS = {"kind": "less", "k": 512}
 PARTS = {
     "lora": lambda mesh, folder: training(mesh, folder, "lora"),
     "full": lambda mesh, folder: training(mesh, folder, "full"),
@@ -272,7 +298,12 @@ PARTS = {
     "moments": lambda mesh, folder: moments(mesh),
     "deployed": lambda mesh, folder: deployed(mesh),
     "hlo": lambda mesh, folder: hlo(mesh),
-    "less": lambda mesh, folder: selection(mesh, folder),
+    "less": lambda mesh, folder: selection(mesh, folder, LESS),
+    "ekfac": lambda mesh, folder: selection(mesh, folder, {"kind": "influence"}),
+    "rho": lambda mesh, folder: chosen_online(mesh),
+    "wide_lora": lambda mesh, folder: wide(training, mesh, folder, "lora"),
+    "wide_sketches": lambda mesh, folder: wide(sketches, mesh, "lora"),
+    "wide_less": lambda mesh, folder: wide(selection, mesh, folder, LESS),
     "choices": lambda mesh, folder: choices(),
     "shelved": lambda mesh, folder: shelved(mesh),
     "restored": lambda mesh, folder: restored(mesh),

@@ -241,11 +241,14 @@ def test_two_processes_train_alike(compute: Callable[..., Found]) -> None:
 
 @pytest.mark.slow
 def test_two_processes_select_and_write_alike(compute: Callable[..., Found]) -> None:
-    parts = ("less", "deployed")
+    parts = ("less", "ekfac", "rho", "deployed")
     one = compute(1, *(f"one:{part}" for part in parts))
     many = compute(2, *(f"1,2,1:{part}" for part in parts))
-    np.testing.assert_array_equal(many["1,2,1:less selected"], one["one:less selected"])
-    alike(one, many, "1,2,1:less", "utility", atol=2e-3 * np.abs(one["one:less utility"]).max())
+    for part in ("less", "ekfac"):
+        np.testing.assert_array_equal(many[f"1,2,1:{part} selected"], one[f"one:{part} selected"])
+        alike(one, many, f"1,2,1:{part}", "utility", atol=2e-3 * np.abs(one[f"one:{part} utility"]).max())
+    np.testing.assert_array_equal(many["1,2,1:rho tokens"], one["one:rho tokens"])
+    alike(one, many, "1,2,1:rho", "losses", atol=2e-4, rtol=2e-3)
     alike(one, many, "1,2,1:deployed", "scores", rtol=1e-5)
     np.testing.assert_array_equal(many["1,2,1:deployed ids"], one["one:deployed ids"])
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-SHARED, DATA, FSDP = "2,2,2", "8,1,1", "1,8,1"
+SHARED, DATA, FSDP, TENSOR = "2,2,2", "8,1,1", "1,8,1", "1,1,8"
 HERE = Path(__file__).parent
 
 
@@ -170,10 +170,46 @@ def test_no_gradient_is_moved(compute: Callable[..., Found], mesh: str) -> None:
         assert parameter or tokens & set(sizes), (kind, shape)
 
 
+def check_selection(found: Found, run: str) -> None:
+    single = f"one:{run.split(':')[1]}"
+    one = found[f"{single} utility"]
+    assert found[f"{run} spread"] and not found[f"{single} spread"]
+    np.testing.assert_array_equal(found[f"{run} selected"], found[f"{single} selected"])
+    np.testing.assert_allclose(found[f"{run} utility"], one, atol=2e-3 * np.abs(one).max())
+
+
 @pytest.mark.slow
-def test_a_selection_is_the_same(compute: Callable[..., Found]) -> None:
-    found = compute(*both(["less"], SHARED))
-    assert found[f"{SHARED}:less spread"] and not found["one:less spread"]
-    np.testing.assert_array_equal(found[f"{SHARED}:less selected"], found["one:less selected"])
-    one = found["one:less utility"]
-    np.testing.assert_allclose(found[f"{SHARED}:less utility"], one, atol=2e-3 * np.abs(one).max())
+@pytest.mark.parametrize("part", ["less", "ekfac"])
+def test_a_selection_is_the_same(compute: Callable[..., Found], part: str) -> None:
+    check_selection(compute(*both(["less", "ekfac"], SHARED)), f"{SHARED}:{part}")
+
+
+@pytest.fixture(scope="module")
+def by_features(compute: Callable[..., Found]) -> Found:
+    return compute(*both(["wide_lora", "wide_sketches", "wide_less"], TENSOR))
+
+
+@pytest.mark.slow
+def test_devices_that_share_features_alone_train_alike(by_features: Found) -> None:
+    check_training(by_features, f"{TENSOR}:wide_lora", 0.14)
+
+
+@pytest.mark.slow
+def test_sketches_of_devices_that_share_features_alone(by_features: Found) -> None:
+    check_sketches(by_features, f"{TENSOR}:wide_sketches")
+
+
+@pytest.mark.slow
+def test_a_selection_of_devices_that_share_features_alone(by_features: Found) -> None:
+    check_selection(by_features, f"{TENSOR}:wide_less")
+
+
+@pytest.mark.slow
+def test_steps_choose_the_same_examples(compute: Callable[..., Found]) -> None:
+    found, run = compute(*both(["rho"], SHARED)), f"{SHARED}:rho"
+    for one, many in pairs(found, run, "tokens"):
+        np.testing.assert_array_equal(many, one)
+    for key in ("losses", "score", "trained"):
+        for one, many in pairs(found, run, key):
+            np.testing.assert_allclose(many, one, atol=2e-4, rtol=2e-3)
+    assert found[f"{run} programs"] == found["one:rho programs"] == 1
