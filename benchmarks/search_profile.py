@@ -23,7 +23,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from search_common import MISSING, ask_botorch, make_search, parse, write
+from search_common import MISSING, ask_botorch, first_draws, make_search, parse, write
 from search_objectives import Feedback, Objective, draw
 from search_regret import bootstrap
 
@@ -47,8 +47,7 @@ def search(
     """The mixtures that were tried `[ROUNDS, d]`, of which `random` follow the first, and the one recommended."""
     made = make_search(DOMAINS, **settings)
     state, key, tried = made.init(), jax.random.key(seed), []
-    # The same as in peers/botorch_search.py.
-    drawn = np.random.default_rng([seed, 1]).dirichlet(np.ones(DOMAINS), random)
+    drawn = first_draws(DOMAINS, random, seed)
     for number in range(ROUNDS):
         if 1 <= number <= random:
             mixture = drawn[number - 1]
