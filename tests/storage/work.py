@@ -1,12 +1,15 @@
-"""One worker of the test that kills them: its training counts steps in files, and its feedback is its claim's number.
+"""One worker of the test that kills them: its training counts steps in checkpoints, its feedback is its claim.
 
 Runs with the names ADDRESS, NAME, CONFIG, STEPS and ENVIRONMENT.
 """
 
 import os
-import time
+import threading
+import uuid
 
 os.environ.update(ENVIRONMENT)  # type: ignore[name-defined]  # noqa: F821
+
+import numpy as np
 
 from duet_jax import config as configs
 from duet_jax import kept, leases, proposals, workers
@@ -25,12 +28,16 @@ proposals._propose = lambda study, search, trials: {
 
 
 def see_through(study, trial, name, steps):
-    checkpoints = kept.checkpoints(study, trial)
-    checkpoints.mkdir(parents=True, exist_ok=True)
-    for step in range(len(list(checkpoints.iterdir())), steps):
+    shelf, there = kept.checkpoints(study, trial), threading.Event()
+    there.set()
+    step, _ = shelf.latest() or (0, None)
+    while step < steps:
         study.append_metrics([{"trial": trial.trial, "step": step, "worker": name, "claim": trial.claim}])
-        (checkpoints / str(step)).touch()
-        time.sleep(0.01)
+        study.share_metrics(trial)
+        step += 1
+        checkpoint = shelf.name(step, uuid.uuid4().hex)
+        shelf.write_part(checkpoint, 0, np.zeros(8, np.uint8))
+        shelf.finish(checkpoint, 1, {}, there, threading.Event())
     if trial.stage == "proposed":
         trial = study.update(trial, stage="trained", training={"loss": 1.0})
     study.share_metrics(trial)
