@@ -17,11 +17,11 @@ class Cost:
     Attributes:
       trainings: how many there were.
       tokens: prompt and response tokens trained on, all epochs, padding not counted.
-      seconds: of trainings with their validation, one after the other.
+      seconds: of trainings with their validation, one after the other; of one that was resumed, its last run alone.
       device_seconds: the same times the devices that took part; None where the number of devices is not known of all.
       devices: most that took part in one; None where it is not known of any.
       elapsed: seconds from the first proposal to the last thing that happened; breaks count.
-      waiting: seconds in which trained models waited for their scores.
+      waiting: seconds that trained models waited for their scores, in all: several may wait at the same time.
     """
 
     trainings: int

@@ -63,7 +63,7 @@ def render_selection(folder: Path) -> str:
         table = pyarrow.parquet.read_table(
             io.BytesIO((folder / "scores.parquet").read_bytes()), columns=["domain", "utility", "selected"]
         )
-        rows = [json.loads(line) for line in (folder / "selected.jsonl").read_text(encoding="utf-8").splitlines()]
+        rows = [json.loads(line) for line in (folder / "selected.jsonl").read_bytes().splitlines()]
         return _page(about, table, rows)
     except FileNotFoundError as error:
         raise StudyError(f"There is no selection in {folder}, or a part of one: {error.filename} is missing.") from None

@@ -2,7 +2,7 @@
 
 This relies on what all three promise: an object is seen whole or not at all, reads and listings give the last write,
 and a write may be conditional, on there being no such object, or on its being the version that was read (ETag, or
-generation). Nothing is deleted and nothing is locked.
+generation). What is written so is never deleted, and nothing is locked.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import re
 import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -144,9 +144,16 @@ class Objects:
 
     def remove(self, names: Sequence[str]) -> None:
         """See `Large`."""
-        if names:
+        if not names:
+            return
+        try:
             with self._told():
                 self._store.delete(list(names))
+        except FileNotFoundError:
+            # S3 takes what is gone for deleted, others do not.
+            for name in names:
+                with suppress(FileNotFoundError), self._told():
+                    self._store.delete(name)
 
     def _put_large(self, name: str, content: Path | np.ndarray, size: int) -> None:
         with self._told():

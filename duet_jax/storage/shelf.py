@@ -80,6 +80,10 @@ class Shelf:
                 return int(whole[-1].rpartition("/")[2].partition("-")[0]), whole[-1]
         return None
 
+    def place(self, name: str) -> str:
+        """Where a checkpoint is, for people."""
+        return f"{self._storage.address}/{name}"
+
     def read(self, name: str) -> dict[str, Any]:
         """What `finish` was given with a checkpoint. Raises FileNotFoundError if it was removed meanwhile."""
         return json.loads(self._storage.read(f"{name}.json")[0])
@@ -113,7 +117,8 @@ class Shelf:
             if given_up.wait(PAUSE):
                 return
         self._storage.write(f"{name}.json", json.dumps(about).encode())
-        others = [other for other in self._whole(self._folder) if other != name]
+        # Later ones are of another machine that trains the same.
+        others = [other for other in self._whole(self._folder) if other < name]
         discard(self._storage, [f"{other}.json" for other in others])
         for folder in (*others, *self._earlier):
             discard(self._storage, self._storage.listed(folder))

@@ -33,6 +33,10 @@ class _Manager(ocp.CheckpointManager):
         step = self.latest_step()
         return None if step is None else (step, step)
 
+    def place(self, name: int) -> str:
+        """Where a checkpoint is, for people."""
+        return f"{self.directory}/{name}"
+
     def about(self, name: int) -> dict[str, Any]:
         """What was written with a state."""
         return self.restore(name, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
@@ -115,10 +119,11 @@ class Checkpoints:
         for key, wanted in self._identity.items():
             written = about["identity"].get(key)
             if written != wanted:
+                place = self._manager.place(name)
                 raise ModelError(
-                    f"The checkpoint {self._folder}/{step} was written by a training with another {key} "
+                    f"The checkpoint {place} was written by a training with another {key} "
                     f"({str(written)[:12]}, now {wanted[:12]}); restore the {key} it began with, or delete "
-                    f"the folder {self._folder} to train this trial anew."
+                    f"the folder {place.rpartition('/')[0]} to train this trial anew."
                 )
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
         jax.tree.map(lambda x: x.delete(), like)

@@ -68,7 +68,7 @@ class Parts:
         try:
             self._about = lead(self._shelf.read, name)
         except FileNotFoundError:
-            raise _removed(name) from None
+            raise _removed(self.place(name)) from None
         return self._about["about"]
 
     def write(self, step: int, state: Any, about: dict[str, Any]) -> None:
@@ -86,6 +86,10 @@ class Parts:
                 self._shelf.finish, name, jax.process_count(), written, self._there, self._given_up
             )
 
+    def place(self, name: str) -> str:
+        """Where a checkpoint is, for people."""
+        return self._shelf.place(name)
+
     def read(self, name: str, abstract: Any) -> Any:
         """A state whose arrays are laid out as those of a tree of shapes with shardings, see `about`."""
         known, error, state = self._about["arrays"], None, None
@@ -93,7 +97,7 @@ class Parts:
             found = known.get(key, {"shape": None, "dtype": None})
             if found["shape"] != list(like.shape) or found["dtype"] != like.dtype.name:
                 raise ModelError(
-                    f"The checkpoint {name} has at {key} {found['dtype']} of shape {found['shape']}, not "
+                    f"The checkpoint {self.place(name)} has at {key} {found['dtype']} of shape {found['shape']}, not "
                     f"{like.dtype.name} of {list(like.shape)}; delete it to train this trial anew."
                 )
         try:
@@ -102,7 +106,7 @@ class Parts:
                     lambda path, like: self._array(name, known[jax.tree_util.keystr(path)], like, readers), abstract
                 )
         except FileNotFoundError:
-            error = _removed(name)
+            error = _removed(self.place(name))
         except StudyError as raised:
             error = raised
         agree(error, f"read its part of the checkpoint {name}")
@@ -150,8 +154,14 @@ class Parts:
         values = [np.empty(_shape(piece.bounds), like.dtype) for piece in needed]
 
         def fill(piece: Piece, content: np.ndarray, at: int) -> None:
-            found = self._shelf.read_part(name, piece.process, piece.start + at, min(RANGE, content.size - at))
-            content[at : at + len(found)] = np.frombuffer(found, np.uint8)
+            size = min(RANGE, content.size - at)
+            found = self._shelf.read_part(name, piece.process, piece.start + at, size)
+            if len(found) < size:
+                raise StudyError(
+                    f"Part {piece.process} of the checkpoint {self.place(name)} is shorter than it was; restore it, or "
+                    f"delete the checkpoint to train this trial anew."
+                )
+            content[at : at + size] = np.frombuffer(found, np.uint8)
 
         tasks = [
             readers.submit(fill, piece, content, at)

@@ -94,7 +94,7 @@ def test_the_page_says_what_was_trained_on_and_what_it_cost(seven: tuple[Study, 
         "Stated with the scores (median standard error): 0.05",
         "What the scores are made of round task_0 task_1 8 0.125 0.875",
         "trainings 6 of 100 examples each",
-        "device time 40 min 2400 device-seconds of training on 4 devices",
+        "device time 40 min 2400 device-seconds of training (of a resumed one its last run) on 4 devices",
         "tokens trained on 592,590",
     ):
         assert words.replace(" ,", ",") in text.replace(" ,", ","), words

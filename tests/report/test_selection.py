@@ -97,6 +97,15 @@ def test_examples_are_shown_from_the_first_to_the_last(count: int) -> None:
     assert shown[0] == 0 and shown[-1] == count - 1
 
 
+def test_texts_may_hold_separators_of_lines(tmp_path: Path, make_selection: Any) -> None:
+    folder = make_selection(tmp_path)
+    first, *others = (folder / "selected.jsonl").read_bytes().split(b"\n")
+    row = json.loads(first) | {"response": "one\u2028two\u0085three"}
+    text = json.dumps(row, ensure_ascii=False).encode()
+    (folder / "selected.jsonl").write_bytes(b"\n".join([text, *others]))
+    assert "one\u2028two" in selection.render_selection(folder)
+
+
 def test_random_examples_have_no_utilities_to_show(tmp_path: Path, make_selection: Any) -> None:
     text = Seen(selection.render_selection(make_selection(tmp_path, "selector={kind: random}", "pooled=false"))).text
     assert "Examples were drawn at random, from each domain by itself, in proportion to its size." in text

@@ -117,7 +117,7 @@ def test_a_checkpoint_of_others_is_refused_before_it_is_read(objects: Any) -> No
     save(Shelf(objects, "c"), 1)
     like = state(0)
     with (
-        pytest.raises(ModelError, match=r"s3://bucket/study/c/10 was written by .* with another data \(d, now e"),
+        pytest.raises(ModelError, match=r"study/c/00000010-\w+ was written by .* with another data \(d, now e"),
         Checkpoints(Shelf(objects, "c"), {"data": "e"}) as checkpoints,
     ):
         checkpoints.restore(like)
@@ -135,6 +135,39 @@ def test_a_checkpoint_that_is_removed_meanwhile_is_told(objects: Any, store: Wat
     store.before["get_range"] = lambda: objects.remove(objects.listed("c"))
     with pytest.raises(StudyError, match="was removed while it was read; start the same command again"):
         found(shelf)
+
+
+def test_a_part_that_is_cut_short_is_told(objects: Any) -> None:
+    shelf = Shelf(objects, "c")
+    save(shelf, 1)
+    (part,) = (name for name in objects.listed("c") if not name.endswith(".json"))
+    objects.write(part, objects.read(part)[0][:-1])
+    with pytest.raises(StudyError, match=r"Part 0 of the checkpoint s3://bucket/study/c/0.* is shorter than it was"):
+        found(shelf)
+
+
+def test_later_checkpoints_of_another_machine_stay(objects: Any) -> None:
+    shelf = Shelf(objects, "c")
+    save(shelf, 3)
+    name, there = shelf.name(20, MARK), threading.Event()
+    there.set()
+    shelf.write_part(name, 0, np.zeros(4, np.uint8))
+    shelf.finish(name, 1, {}, there, threading.Event())
+    assert found(shelf) == (30, 3)
+
+
+def test_what_is_gone_already_can_be_removed(tmp_path: Path) -> None:
+    """In a store that refuses it, as Google's and Azure's do."""
+    from obstore.store import LocalStore
+
+    from duet_jax.storage.objects import Objects
+
+    objects = Objects(LocalStore(tmp_path), "gs://bucket/study")
+    (tmp_path / "c").mkdir()
+    for name in ("c/1", "c/3"):
+        (tmp_path / name).touch()
+    objects.remove(["c/1", "c/2", "c/3"])
+    assert objects.listed("c") == []
 
 
 def test_parts_of_several_processes_make_a_checkpoint_when_all_are_there(objects: Any) -> None:
