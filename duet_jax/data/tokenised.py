@@ -176,12 +176,13 @@ def encode_prompts(examples: Sequence[Example], tokenizer: TokenizerLike, *, cha
     if max_length < 2:
         raise ValueError(f"max_length must be at least 2 tokens, not {max_length}")
     tokens, cut = [], []
-    for prompt in _prompt_ids(examples, tokenizer, chat):
-        cut.append(len(prompt) > max_length)
-        if cut[-1]:
-            start = prompt[:1] if prompt[0] == tokenizer.bos_id else []
-            prompt = start + prompt[len(prompt) - max_length + len(start) :]
-        tokens.append(np.array(prompt, np.int32))
+    for first in range(0, len(examples), TOGETHER):
+        for prompt in _prompt_ids(examples[first : first + TOGETHER], tokenizer, chat):
+            cut.append(len(prompt) > max_length)
+            if cut[-1]:
+                start = prompt[:1] if prompt[0] == tokenizer.bos_id else []
+                prompt = start + prompt[len(prompt) - max_length + len(start) :]
+            tokens.append(np.array(prompt, np.int32))
     lengths = np.fromiter((len(t) for t in tokens), np.int32, len(tokens))
     return Encoded(tuple(tokens), lengths, tuple(e.id for e in examples), tuple(cut))
 

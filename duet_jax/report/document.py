@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib.resources
+from pathlib import Path
 from typing import Any
 
 import jinja2
 
+from duet_jax._files import write
+from duet_jax.errors import StudyError
 from duet_jax.report import words
 from duet_jax.report.drawing import SCALE
 
@@ -24,3 +27,12 @@ def document(template: str, **values: Any) -> str:
     environment.filters |= {"number": words.number, "duration": words.duration, "to": words.to}
     environment.globals |= {"scale": ", ".join(SCALE)}
     return environment.get_template(template).render(**values)
+
+
+def save(target: Path, page: str) -> Path:
+    """Writes a page, and gives where. Raises StudyError if it cannot be written."""
+    try:
+        write(target, page)
+    except OSError as error:
+        raise StudyError(f"The report cannot be written to {target}: {error.strerror}.") from None
+    return target

@@ -12,11 +12,10 @@ from markupsafe import Markup
 
 from duet_jax import __version__
 from duet_jax import config as configs
-from duet_jax._files import write
 from duet_jax.errors import StudyError
 from duet_jax.report import figures, tried, words
 from duet_jax.report.costs import cost, spans
-from duet_jax.report.document import document
+from duet_jax.report.document import document, save
 from duet_jax.report.drawing import colours
 from duet_jax.report.surrogate import Belief, believe
 from duet_jax.search.constraints import Constraints, round_counts
@@ -47,12 +46,7 @@ def write_report(folder: Place, output: str | Path | None = None) -> Path:
     if output is None and study.remote:
         raise StudyError(f"{study.address} is no folder for the report; give a file: --output FILE.")
     target = study.folder / "report.html" if output is None else Path(output)
-    page = render(study)
-    try:
-        write(target, page)
-    except OSError as error:
-        raise StudyError(f"The report cannot be written to {target}: {error.strerror}.") from None
-    return target
+    return save(target, render(study))
 
 
 def render(study: Study) -> str:

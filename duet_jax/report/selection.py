@@ -14,10 +14,9 @@ import pyarrow.parquet
 import yaml
 from markupsafe import Markup
 
-from duet_jax._files import write
 from duet_jax.errors import StudyError
 from duet_jax.report import picked, words
-from duet_jax.report.document import document
+from duet_jax.report.document import document, save
 from duet_jax.report.drawing import colours
 
 # Domains that have drawings of their own, examples of a domain that are shown, and characters of each of their texts.
@@ -44,12 +43,7 @@ def write_selection(folder: Path, output: Path | None = None) -> Path:
       StudyError: there is no selection, it is damaged, or the file cannot be written.
     """
     target = folder / "report.html" if output is None else output
-    page = render_selection(folder)
-    try:
-        write(target, page)
-    except OSError as error:
-        raise StudyError(f"The report cannot be written to {target}: {error.strerror}.") from None
-    return target
+    return save(target, render_selection(folder))
 
 
 def render_selection(folder: Path) -> str:

@@ -210,15 +210,14 @@ def _plan(leaves: Sequence[tuple[str, Array]]) -> tuple[dict[str, list[Piece]], 
 
 def _packed(leaves: Sequence[tuple[str, Array]], plan: dict[str, list[Piece]], size: int) -> np.ndarray:
     """This process's part, uint8 `[size]`: a copy, since the next step takes the state's arrays over."""
-    own: list[tuple[int, Array]] = []
+    content, host = np.empty(size, np.uint8), jax.local_devices(backend="cpu")[0]
     for key, leaf in leaves:
         shards = {_bounds(shard.index, leaf.shape): shard.data for shard in leaf.addressable_shards}
-        own += [(start, shards[bounds]) for process, start, bounds in plan[key] if process == jax.process_index()]
-    for _, array in own:
-        array.copy_to_host_async()
-    content = np.empty(size, np.uint8)
-    for start, array in own:
-        content[start : start + array.nbytes] = _as_bytes(np.asarray(array))
+        for process, start, bounds in plan[key]:
+            if process == jax.process_index():
+                # A device's own array would keep what is read of it: all of the state a second time on the host.
+                array = jax.device_put(shards[bounds], host)
+                content[start : start + array.nbytes] = _as_bytes(np.asarray(array))
     return content
 
 

@@ -15,18 +15,10 @@ from safetensors.numpy import load_file, save_file
 from duet_jax import models
 from duet_jax.data.characters import CharacterTokenizer
 from duet_jax.models import llama
+from tests.small import shape
 
 TOKENIZER = CharacterTokenizer(string.printable[:95] + "\n")
-SHAPE = llama.LlamaConfig(
-    vocab_size=TOKENIZER.vocab_size,
-    hidden_size=16,
-    intermediate_size=24,
-    num_layers=1,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=8,
-    max_length=512,
-)
+SHAPE = shape(TOKENIZER, num_layers=1)
 
 
 @cache

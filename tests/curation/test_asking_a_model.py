@@ -26,18 +26,10 @@ from duet_jax.data.example import plain_text
 from duet_jax.errors import DataError, ModelError
 from duet_jax.feedback import Deployed, Engine
 from duet_jax.models import llama
+from tests.small import shape
 
 TOKENIZER = CharacterTokenizer(string.printable[:95] + "\n")
-SHAPE = llama.LlamaConfig(
-    vocab_size=TOKENIZER.vocab_size,
-    hidden_size=16,
-    intermediate_size=24,
-    num_layers=1,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=8,
-    max_length=256,
-)
+SHAPE = shape(TOKENIZER, num_layers=1, max_length=256)
 TEMPLATES = ("Q {prompt} A {answer}\n{options}", "Sure? {prompt} A {answer}\n{options}")
 SHORT = ConfidenceConfig(
     samples=3,

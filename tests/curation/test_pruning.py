@@ -16,18 +16,10 @@ from duet_jax.data.characters import CharacterTokenizer
 from duet_jax.feedback import Deployed, Engine
 from duet_jax.models import llama
 from duet_jax.models.linear import Taps
+from tests.small import shape
 
 TOKENIZER = CharacterTokenizer(string.ascii_lowercase)
-CONFIG = llama.LlamaConfig(
-    vocab_size=TOKENIZER.vocab_size,
-    hidden_size=16,
-    intermediate_size=24,
-    num_layers=2,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=8,
-    max_length=16,
-)
+CONFIG = shape(TOKENIZER, max_length=16)
 NAMES = {"q", "k", "v", "o", "gate", "up", "down"}
 
 

@@ -16,22 +16,13 @@ import yaml
 from duet_jax.data.characters import CharacterTokenizer
 from duet_jax.feedback import Deployed
 from duet_jax.models import llama
-from tests.small import write_rows
+from tests.small import shape, write_rows
 
 HARNESS = importlib.util.find_spec("lm_eval") is not None
 needs_harness = pytest.mark.skipif(not HARNESS, reason="lm_eval is not installed")
 
 TOKENIZER = CharacterTokenizer("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 .,?:'\n")
-CONFIG = llama.LlamaConfig(
-    vocab_size=TOKENIZER.vocab_size,
-    hidden_size=16,
-    intermediate_size=24,
-    num_layers=2,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=8,
-    max_length=96,
-)
+CONFIG = shape(TOKENIZER, max_length=96)
 
 QUESTIONS = [
     {"question": "Lily saw a big red ball in the park. She wanted to", "choices": ["play", "eat a stone", "fly"]},

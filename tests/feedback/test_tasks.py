@@ -20,17 +20,10 @@ from duet_jax.feedback import Deployed, Engine, Feedback, WeightedSum, build
 from duet_jax.feedback.answers import exact_match, normalise, token_f1
 from duet_jax.models import llama
 from duet_jax.models.sampling import Sampling
+from tests.small import shape
 
 TOKENIZER = CharacterTokenizer("abcdefgh ?\n")
-CONFIG = llama.LlamaConfig(
-    vocab_size=TOKENIZER.vocab_size,
-    hidden_size=16,
-    intermediate_size=24,
-    num_layers=2,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=8,
-)
+CONFIG = shape(TOKENIZER, max_length=2048)
 
 
 def example(number: int, prompt: str, response: str, **fields) -> Example:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import html
-import html.parser
 import re
 from pathlib import Path
 from typing import Any
@@ -22,22 +21,7 @@ from duet_jax.report.surrogate import believe
 from duet_jax.search import Choice, Constraints, Number, Search, Subset
 from duet_jax.search.diagnostics import diagnose, difference
 from duet_jax.study import Study
-
-
-class Elements(html.parser.HTMLParser):
-    """Collects every element, attribute and text of a page."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_data(self, data: str) -> None:
-        self.text += data + " "
+from tests.report.seen import Seen, check_that_nothing_is_loaded_or_run
 
 
 @pytest.mark.usefixtures("stand")
@@ -49,13 +33,8 @@ def test_a_page_loads_nothing_and_runs_nothing(
     path = write_report(study.folder)
     assert path == study.folder / "report.html"
     text = path.read_text(encoding="utf-8")
-    page = Elements(text)
-    assert not {tag for tag, _ in page.elements} & {"script", "img", "link", "iframe", "object", "image"}
-    for tag, attributes in page.elements:
-        for name, value in attributes.items():
-            assert not name.startswith("on"), (tag, name)
-            if name in ("src", "href", "xlink:href", "style", "clip-path"):
-                assert value is not None and "//" not in value, (tag, name, value)
+    page = Seen(text)
+    check_that_nothing_is_loaded_or_run(page)
     assert not re.search(r"url\((?!#)|@import", text)
     assert ("So few scores give a first guess" in page.text) == (told in (1, 2))
     assert ("No score yet" if told == 0 else "gain over equal shares") in page.text
@@ -66,7 +45,7 @@ def test_a_page_loads_nothing_and_runs_nothing(
 
 def test_ids_occur_once_and_references_lead_somewhere(seven: tuple[Study, str]) -> None:
     _, text = seven
-    elements = Elements(text).elements
+    elements = Seen(text).elements
     ids = [attributes["id"] for _, attributes in elements if "id" in attributes]
     assert len(ids) == len(set(ids))
     assert set(re.findall(r'(?:href="|url\()#([^")]*)', text)) <= set(ids)
@@ -82,7 +61,7 @@ def test_the_same_study_gives_the_same_bytes(tmp_path: Path, make_study: Any) ->
 
 
 def test_the_page_says_what_was_trained_on_and_what_it_cost(seven: tuple[Study, str]) -> None:
-    text = " ".join(Elements(seven[1]).text.split())
+    text = Seen(seven[1]).text
     for words in (
         "7 of 12 rounds have a score , 1 failed and has none.",
         "98,765",
@@ -108,7 +87,7 @@ def drawing(page: str, title: str) -> str:
 
 def test_the_page_says_which_mixture_to_use_and_how_sure_that_is(seven: tuple[Study, str]) -> None:
     study, page = seven
-    text = " ".join(Elements(page).text.split())
+    text = Seen(page).text
     best = max(study.completed(), key=lambda trial: trial.feedback["value"])
     # What can be copied is what a selection's configuration takes.
     (line,) = re.findall(r'<pre class="copy">mixture: (.*?)</pre>', page)
@@ -129,7 +108,7 @@ def test_the_page_says_which_domains_matter_and_whether_to_believe_it(
         assert drawing(page, f"average predicted score by share: {name}").count("<path") > 4
         assert drawing(page, f"predicted score through the best mixture: {name}")
     assert drawing(page, "each score predicted from all others")
-    text = " ".join(Elements(page).text.split())
+    text = Seen(page).text
     # The main effects of the stand-in rise from 0 to 1; the domain that explains most comes first.
     cells = r'<td class="text">([^<]*)</td><td>(\d+)&nbsp;%</td><td class="meter">'
     assert re.findall(cells, page) == [("more is better", part) for part in ("80", "70", "60", "50")]

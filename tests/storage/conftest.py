@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 from duet_jax.storage import Folder, Storage, at
+from duet_jax.study import Study
+from tests.storage.remote import Watched, make_config, objects
 
 
 @pytest.fixture
@@ -33,3 +35,14 @@ def two(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Storage, Storag
     from duet_jax.storage.objects import Objects
 
     return Objects(store, "memory"), Objects(store, "memory")
+
+
+@pytest.fixture
+def place(memory: Any) -> Watched:
+    return Watched(memory)
+
+
+@pytest.fixture
+def studies(place: Watched, memory: Any) -> tuple[Study, Study]:
+    """One study as two processes see it; before the first one's writes something may happen."""
+    return Study.create(objects(place), make_config()), Study.open(objects(memory))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -15,60 +14,13 @@ import numpy as np
 import pytest
 
 from duet_jax import cli, duet, kept, leases, proposals, workers
-from duet_jax import config as configs
-from duet_jax.config import StudyConfig
 from duet_jax.display import Display
 from duet_jax.errors import FeedbackError, Overtaken, StudyError
 from duet_jax.report import write_report
 from duet_jax.study import Study
 from duet_jax.training.checkpoint import Checkpoints
 from duet_jax.trial import Trial
-
-HALVES = {"a": 0.5, "b": 0.5}
-
-
-def make_config(**changes: Any) -> StudyConfig:
-    domains = [{"name": "a", "source": "a.jsonl"}, {"name": "b", "source": "b.jsonl"}]
-    values = {"name": "small", "budget": 16, "rounds": 3, "model": {"scratch": {}}, "data": {"domains": domains}}
-    values |= {"training": {"learning_rate": 0.001}, "task": {"kind": "command", "command": ["true"]}}
-    return configs.from_dict({**values, **changes})
-
-
-class Watched:
-    """An object store that does something before a write, as another process might."""
-
-    def __init__(self, store: Any):
-        self.store = store
-        self.before: list[Callable[[], Any]] = []
-
-    def put(self, *args: Any, **options: Any) -> Any:
-        if self.before:
-            self.before.pop()()
-        return self.store.put(*args, **options)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.store, name)
-
-
-@pytest.fixture
-def place(memory: Any) -> Watched:
-    return Watched(memory)
-
-
-def objects(store: Any) -> Any:
-    from duet_jax.storage.objects import Objects
-
-    return Objects(store, "s3://bucket/study")
-
-
-@pytest.fixture
-def studies(place: Watched, memory: Any) -> tuple[Study, Study]:
-    """One study as two processes see it; before the first one's writes something may happen."""
-    return Study.create(objects(place), make_config()), Study.open(objects(memory))
-
-
-def add(study: Study, worker: str | None = None) -> Trial:
-    return study.new_trial(mixture=HALVES, counts={"a": 8, "b": 8}, proposal=None, seeds={}, worker=worker)
+from tests.storage.remote import HALVES, Watched, add, make_config, objects
 
 
 def test_what_one_process_writes_the_other_reads(studies: tuple[Study, Study]) -> None:
@@ -154,102 +106,6 @@ def test_a_trial_that_was_told_is_not_claimed(studies: tuple[Study, Study]) -> N
     other.tell(0, 1.0)
     with pytest.raises(Overtaken, match="Trial 0 is completed by now"):
         one.claim(trial, "one")
-
-
-def until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-def test_a_worker_is_gone_when_it_ended_or_is_silent(
-    studies: tuple[Study, Study], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(leases, "BEAT", 0.01)
-    monkeypatch.setattr(workers, "SILENCE", 0.3)
-    study, other = studies
-    with workers.join(study, "one") as one:
-        assert one.gone(None) and one.gone("one") and one.gone("never there")
-        with workers.join(other, "two"):
-            assert not one.gone("two")
-            time.sleep(0.4)
-            assert not one.gone("two"), "its heart beats"
-            monkeypatch.setattr(leases, "BEAT", 600.0)
-            until(lambda: one.gone("two"))
-            monkeypatch.setattr(leases, "BEAT", 0.01)
-        assert one.gone("two")
-    with workers.join(study, "one") as one, workers.join(other, "two"):
-        assert not one.gone("two"), "both are back, without waiting"
-
-
-def test_a_name_that_is_used_is_refused(studies: tuple[Study, Study], monkeypatch: pytest.MonkeyPatch) -> None:
-    # A beat may be late by the two others that it takes to be gone.
-    monkeypatch.setattr(leases, "BEAT", 0.3)
-    said: list[str] = []
-    with workers.join(studies[0], "one") as one:
-        with pytest.raises(StudyError, match=r"s3://bucket/study has a worker one \(process \d+ on .*another name"):
-            workers.join(studies[1], "one", said.append).__enter__()
-        one.check()
-    assert len(said) == 1 and "the study knows a worker one (process" in said[0]
-
-
-def test_a_name_that_is_silent_is_taken_over(studies: tuple[Study, Study], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(leases, "BEAT", 0.02)
-    study, other = studies
-    asleep = leases.Lease(study.storage, "one")
-    asleep.take(lambda line: None)
-    trial = add(study, "one")
-    with workers.join(other, "one") as one:
-        asleep.beat()
-        one.check()
-        with pytest.raises(StudyError, match="has a worker one"):
-            asleep.check()
-        asleep.beat(ended=True)
-        one.check()
-        assert one.gone(trial.worker), "what it had under this name is to be taken up"
-        claimed = other.claim(trial, "one")
-        with pytest.raises(Overtaken):
-            study.tell(trial, 1.0)
-    assert study.tell(claimed, 2.0).claim == 2
-
-
-def test_of_two_that_take_over_a_name_one_gets_it(
-    place: Watched, studies: tuple[Study, Study], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(leases, "BEAT", 0.02)
-    dead, two = (leases.Lease(study.storage, "one") for study in studies)
-    dead.take(lambda line: None)
-    place.before = [lambda: two.take(lambda line: None)]
-    three = leases.Lease(studies[0].storage, "one")
-    with pytest.raises(StudyError, match="has a worker one"):
-        three.take(lambda line: None)
-    two.check()
-
-
-def test_a_store_that_heeds_no_conditions_is_refused(memory: Any) -> None:
-    class Careless(Watched):
-        def put(self, *args: Any, mode: Any = None, **options: Any) -> Any:
-            return self.store.put(*args, **options)
-
-    study = Study.create(objects(Careless(memory)), make_config())
-    with pytest.raises(StudyError, match="s3://bucket/study heeds no conditions on writes"):
-        workers.join(study, "one").__enter__()
-
-
-def test_a_heart_beats_on_after_the_store_was_out_of_reach(
-    place: Watched, studies: tuple[Study, Study], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(leases, "BEAT", 0.01)
-
-    def lost() -> None:
-        raise StudyError("no network")
-
-    with workers.join(studies[0], "one"):
-        place.before = [lost] * 3
-        until(lambda: not place.before)
-        seen = leases.heartbeat(studies[1].storage, "one")
-        until(lambda: leases.heartbeat(studies[1].storage, "one") != seen)
 
 
 def stub(study: Study, search: Any, trials: list[Trial]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from duet_jax.feedback import Deployed, Engine, build
 from duet_jax.feedback.rewards import build_reward
 from duet_jax.feedback.rewards.sandbox import isolation
 from duet_jax.models import llama
+from tests.small import shape
 
 
 def decoded(**fields) -> RewardConfig:
@@ -103,15 +104,7 @@ def test_unit_tests_are_run_once(tmp_path) -> None:
 
 
 TOKENIZER = CharacterTokenizer("abcdefgh ?\n")
-CONFIG = llama.LlamaConfig(
-    vocab_size=TOKENIZER.vocab_size,
-    hidden_size=16,
-    intermediate_size=24,
-    num_layers=2,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=8,
-)
+CONFIG = shape(TOKENIZER, max_length=2048)
 
 
 @pytest.fixture(scope="module")

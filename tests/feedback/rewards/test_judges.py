@@ -21,18 +21,10 @@ from duet_jax.feedback.rewards import build_reward
 from duet_jax.feedback.rewards.judge import BAD, COMPARE, GOOD, GRADE
 from duet_jax.feedback.rewards.readout import Readout, compiled
 from duet_jax.models import llama
+from tests.small import shape
 
 TOKENIZER = CharacterTokenizer(string.printable[:95] + "\n")
-CONFIG = llama.LlamaConfig(
-    vocab_size=TOKENIZER.vocab_size,
-    hidden_size=16,
-    intermediate_size=24,
-    num_layers=2,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=8,
-    max_length=512,
-)
+CONFIG = shape(TOKENIZER)
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}<eos>{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
 )
