@@ -81,6 +81,7 @@ JOBS = (
         REAL),
     Job("davir", "--each 10 --shares 0.17", 900, REAL),
     Job("nice", "--pool 96 --held-out 12", 1500, REAL),
+    Job("curation", "--examples 8", 2400, REAL),
     Job("preference", "--pairs 32 --held-out 16 --max-length 128", 900, REAL),
     Job("clear", "--examples 16 --samples 1 --held-out 8", 1500, (*REAL, "sklearn")),
     Job("panel_study", "--seeds 1 --ratings 4 --raters 2 --trainings 1", 900, ("starlette", "uvicorn", "httpx")),

@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from of_seeds import over, over_each
 from search_common import HERE, parse, write
 from sklearn.metrics import roc_auc_score
 
@@ -239,27 +240,13 @@ def show(row: Mapping[str, Any]) -> str:
     return f"{scores}; {row['examples']} examples{wrong}, {row['steps']} steps, {row['seconds']:.0f} s"
 
 
-def spread(values: Sequence[float | None]) -> list[float | None]:
-    """Mean and standard deviation."""
-    known = [value for value in values if value is not None]
-    if not known:
-        return [None, None]
-    return [float(np.mean(known)), float(np.std(known, ddof=1)) if len(known) > 1 else None]
-
-
 def tables(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Mean and standard deviation over the seeds."""
-    first = runs[0]
     return {
-        "arms": {
-            name: {key: spread([run["arms"][name][key] for run in runs]) for key in MEANS} for name in first["arms"]
-        },
-        "signals": {
-            name: {key: spread([run["signals"][name][key] for run in runs]) for key in row}
-            for name, row in first["signals"].items()
-        },
-        "corrections": {key: spread([run["corrections"][key] for run in runs]) for key in first["corrections"]},
-        "seconds": {key: spread([run["seconds"][key] for run in runs]) for key in first["seconds"]},
+        "arms": over_each([run["arms"] for run in runs], MEANS),
+        "signals": over_each([run["signals"] for run in runs]),
+        "corrections": over([run["corrections"] for run in runs]),
+        "seconds": over([run["seconds"] for run in runs]),
     }
 
 

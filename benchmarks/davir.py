@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from of_seeds import over_each
 from search_common import parse, write
 
 from duet_jax._decode import decode
@@ -191,14 +192,7 @@ def main() -> None:
         for seed in range(options.seeds):
             folder = (options.work or Path(nowhere)) / f"seed-{seed}"
             runs.append(run(seed, folder, options.dtype, options.shares, options.each))
-            table = {
-                name: {
-                    task: [float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None]
-                    for task in ("problems", "instructions")
-                    for values in [[one["arms"][name][task] for one in runs]]
-                }
-                for name in runs[0]["arms"]
-            }
+            table = over_each([run["arms"] for run in runs], ("problems", "instructions"))
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
             write(options.output, options, {"mean_and_deviation": table, "peak_gib": peak, "runs": runs})
     for name, row in table.items():

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from of_seeds import over_each
 from search_common import parse, write
 
 from duet_jax._decode import decode
@@ -198,14 +199,7 @@ def main() -> None:
     for seed in range(options.seeds):
         with tempfile.TemporaryDirectory() as folder:
             runs.append(run(seed, Path(folder), options.pool, options.held_out))
-        arms = {
-            name: {
-                key: [float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None]
-                for key in ("exact_match", "loss")
-                for values in [[found["arms"][name][key] for found in runs]]
-            }
-            for name in runs[0]["arms"]
-        }
+        arms = over_each([run["arms"] for run in runs], ("exact_match", "loss"))
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         write(options.output, options, {"mean_and_deviation": arms, "peak_gib": peak, "runs": runs})
     for name, found in arms.items():

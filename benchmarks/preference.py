@@ -21,7 +21,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from of_seeds import over
 from search_common import parse, write
 
 from duet_jax._decode import decode
@@ -46,7 +46,7 @@ def configuration(options: argparse.Namespace, seed: int, loss: dict[str, Any]) 
         },
         "training": {
             "learning_rate": options.learning_rate,
-            "batch_size": 16,
+            "batch_size": 8,
             "micro_batch_size": 4,
             "epochs": options.epochs,
             "lora": {"rank": 16, "alpha": 32},
@@ -59,7 +59,7 @@ def configuration(options: argparse.Namespace, seed: int, loss: dict[str, Any]) 
 def run(options: argparse.Namespace, seed: int, folder: Path) -> dict[str, Any]:
     """What came out of one seed, by loss."""
     found: dict[str, Any] = {}
-    for kind in ("dpo", "davir_dpo", "ipo"):
+    for kind in ("dpo", *options.losses):
         scale = found["dpo"]["mean_reference"] if kind == "davir_dpo" else 1.0
         loss = {"kind": kind, "beta": options.beta * scale}
         (found[kind],) = prefer(configuration(options, seed, loss), folder / kind)["iterations"]
@@ -67,16 +67,12 @@ def run(options: argparse.Namespace, seed: int, folder: Path) -> dict[str, Any]:
     return found
 
 
-def mean_and_deviation(values: list[float | None]) -> list[float | None]:
-    there = [value for value in values if value is not None]
-    if not there:
-        return [None, None]
-    return [float(np.mean(there)), float(np.std(there, ddof=1)) if len(there) > 1 else None]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--domain", choices=("hh_harmless", "dpo_en"), default="hh_harmless")
+    parser.add_argument(
+        "--losses", nargs="+", choices=("davir_dpo", "ipo"), default=["davir_dpo", "ipo"], help="beside dpo"
+    )
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--pairs", type=int, default=600, help="pairs to train on")
     parser.add_argument("--held-out", type=int, default=200, help="pairs to measure")
@@ -91,10 +87,7 @@ def main() -> None:
     for seed in range(options.seeds):
         with tempfile.TemporaryDirectory() as nowhere:
             runs.append(run(options, seed, (options.work or Path(nowhere)) / f"seed-{seed}"))
-        losses = {
-            kind: {name: mean_and_deviation([one[kind]["validation"][name] for one in runs]) for name in MEASURES}
-            for kind in runs[0]
-        }
+        losses = {kind: over([one[kind]["validation"] for one in runs], MEASURES) for kind in runs[0]}
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         write(options.output, options, {"mean_and_deviation": losses, "peak_gib": peak, "runs": runs})
     for kind, found in losses.items():

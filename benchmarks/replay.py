@@ -13,7 +13,9 @@ standard deviation). After as many rounds each method recommends a row:
   duet      of all rows, the best by the posterior mean; rows are tried by the upper confidence bound
 
 Regret is the best row's value less the recommended one's, in standard deviations over random rows, so that tasks
-compare; beside it, its share of the uniform mixture's. With --ablate our search is varied instead, a setting at a time.
+compare; beside it, its share of the uniform mixture's. With --ablate our search is varied instead, a setting at a time;
+tables of --small, of the same mixtures, were trained on fewer examples, and what is recommended of what is heard there
+is judged by the table itself.
 
     python benchmarks/replay.py --seeds 20 --output
     python benchmarks/replay.py --seeds 20 --ablate --output benchmarks/results/replay_ablations.json
@@ -70,10 +72,14 @@ ABLATIONS: dict[str, tuple[dict[str, Any], str]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Mixtures `[n, d]` of the table's rows, of which the first is uniform and the second natural, and values `[n]`."""
+    """Mixtures `[n, d]` of the table's rows, of which the first is uniform and the second natural, and values `[n]`.
+
+    `budget` is how many examples each was trained on.
+    """
 
     mixtures: np.ndarray
     values: np.ndarray
+    budget: int
 
     @property
     def spread(self) -> float:
@@ -98,7 +104,7 @@ def read(path: Path, sets: tuple[str, ...]) -> Table:
     rows = sorted((line for line in lines if line["seed"] == 0), key=lambda line: line["row"])
     counts = np.array([line["counts"] for line in rows], float)
     values = -np.array([line["losses"] for line in rows])[:, columns].mean(1)
-    return Table(counts / counts.sum(1, keepdims=True), values)
+    return Table(counts / counts.sum(1, keepdims=True), values, head["settings"]["budget"])
 
 
 def random_rows(table: Table, rounds: int, seed: int) -> np.ndarray:
@@ -200,13 +206,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--feedback", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--ablate", action="store_true", help="vary our search instead of comparing it")
+    parser.add_argument("--small", type=Path, nargs="+", default=[], help="tables of smaller budgets, for --ablate")
     options = parse(parser, "replay")
     cells = []
     for task, sets in TASKS.items():
-        table = read(options.table, sets)
+        table, small = read(options.table, sets), [read(path, sets) for path in options.small]
+        if any(len(one.values) != len(table.values) for one in small):
+            parser.error(f"the tables of --small must have the {len(table.values)} rows of {options.table}")
         best = table.values.max()
         for kind in options.feedback:
-            methods = dict(RECOMMEND) if not options.ablate else variants(kind)
+            methods = dict(RECOMMEND) if not options.ablate else variants(kind, small)
             curves = {}
             for name, recommend in methods.items():
                 rows = [recommend(table, options.rounds, kind, seed) for seed in range(options.seeds)]
@@ -239,7 +248,7 @@ def main() -> None:
     write(options.output, options, {"mean": means, "cells": cells})
 
 
-def variants(kind: str) -> dict[str, Callable[..., list[int]]]:
+def variants(kind: str, small: list[Table]) -> dict[str, Callable[..., list[int]]]:
     """Our search varied, those that mean something for a kind of feedback."""
     found: dict[str, Callable[..., list[int]]] = {}
     for name, (settings, told_as) in ABLATIONS.items():
@@ -250,6 +259,10 @@ def variants(kind: str) -> dict[str, Callable[..., list[int]]]:
     for trainings in (2, 4) if kind == "noisy" else ():
         found[f"{trainings} trainings a mixture"] = lambda table, rounds, kind, seed, n=trainings: recommend_duet(
             table, rounds, kind, seed, trainings=n
+        )
+    for cheap in small:
+        found[f"{cheap.budget} examples a training"] = lambda table, rounds, kind, seed, t=cheap: recommend_duet(
+            t, rounds, kind, seed
         )
     if kind == "stars":
         for levels in (2, 3, 10):

@@ -32,11 +32,6 @@ def recommend(search: Search, state: Any) -> np.ndarray:
     return search.recommend(state).mixture
 
 
-def first_draws(size: int, count: int, seed: int) -> np.ndarray:
-    """The random mixtures `[count, d]` that BoTorch tries after the uniform one, see peers/botorch_search.py."""
-    return np.random.default_rng([seed, 1]).dirichlet(np.ones(size), count)
-
-
 def ask_botorch(python: str, request: dict) -> Iterator[dict]:
     """The lines that `peers/botorch_search.py` answers, as they come."""
     command = [python, str(HERE / "peers" / "botorch_search.py")]

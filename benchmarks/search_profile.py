@@ -3,8 +3,8 @@
 Interior optima in 20 domains (bumps, quadratic-interior), numbers with unknown noise: of the last ten proposals the
 regret, the largest share and how many domains have more than a thousandth, beside the regret of what is recommended
 and its difference to BoTorch's on the same seeds (95% bootstrap interval); BoTorch, tuned, and ours as it is, with less
-exploration, without the far mixtures of its first design (`initial` 1), and with BoTorch's first design instead of its
-own: the uniform mixture and two random ones.
+exploration, without the random mixtures of its first design (`initial` 1), and with ones far from each other in their
+place.
 
 Optima at a vertex in 20 domains (linear, quadratic-vertex), stars of five people: told as stars (ordinal) and as their
 mean, how many domains had the largest share of some proposal, when the best one first had 30%, how often the mixture
@@ -23,11 +23,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from search_common import MISSING, ask_botorch, first_draws, make_search, parse, write
+from search_common import MISSING, ask_botorch, make_search, parse, write
 from search_objectives import Feedback, Objective, draw
 from search_regret import bootstrap
 
-from duet_jax.search import Stars
+from duet_jax.search import Stars, simplex
 
 DOMAINS, ROUNDS, LAST, NOISE = 20, 30, 10, 0.2
 INTERIOR, CORNER = ("bumps", "quadratic-interior"), ("linear", "quadratic-vertex")
@@ -36,21 +36,25 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "ours, beta 1": {"beta": 1.0},
     "ours, log EI": {"acquisition": "log_ei"},
     "ours, initial 1": {"initial": 1},
-    "ours, BoTorch's first": {"initial": 1, "random": 2},
+    "ours, far first": {"initial": 1, "far": 2},
 }
 WAYS: dict[str, dict[str, Any]] = {"ordinal": {"feedback": Stars(5)}, "mean": {}}
 
 
 def search(
-    objective: Objective, heard: Feedback, seed: int, random: int = 0, **settings: Any
+    objective: Objective, heard: Feedback, seed: int, far: int = 0, **settings: Any
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The mixtures that were tried `[ROUNDS, d]`, of which `random` follow the first, and the one recommended."""
+    """The mixtures that were tried `[ROUNDS, d]`, and the one recommended.
+
+    After the first, `far` are those of random mixtures, on faces too, that are farthest from all before on the sphere.
+    """
     made = make_search(DOMAINS, **settings)
     state, key, tried = made.init(), jax.random.key(seed), []
-    drawn = first_draws(DOMAINS, random, seed)
+    drawn = np.array(simplex.draws(jax.random.key(seed), 512, DOMAINS), np.float64)
     for number in range(ROUNDS):
-        if 1 <= number <= random:
-            mixture = drawn[number - 1]
+        if 1 <= number <= far:
+            mixture = drawn[np.argmin(np.max(np.sqrt(drawn) @ np.sqrt(np.array(tried)).T, axis=1))]
+            mixture = mixture / mixture.sum()
         else:
             mixture, _ = made.ask(state, key=jax.random.fold_in(key, number))
         tried.append(mixture)

@@ -5,7 +5,6 @@ Every seed draws an objective and its noise (search_objectives.py), the same for
   search    ours; of stars it hears the mean
   timid     ours, with one standard deviation in the confidence bound instead of two (on demand)
   log-ei    ours, with log expected improvement (on demand)
-  plain     ours, with BoTorch's first design: the uniform mixture and two random ones, no far ones (on demand)
   ordinal   ours, told each rater's stars (only where there are stars)
   random    Dirichlet draws, the recommendation by our surrogate, so that only what is tried differs
   uniform   equal shares, nothing tried
@@ -38,7 +37,7 @@ from typing import Any
 import jax
 import numpy as np
 from scipy.optimize import least_squares
-from search_common import HERE, MISSING, ask_botorch, first_draws, make_search, parse, recommend, write
+from search_common import HERE, MISSING, ask_botorch, make_search, parse, recommend, write
 from search_objectives import KINDS, NAMES, Feedback, Objective, draw
 
 from duet_jax.search import Stars
@@ -49,18 +48,11 @@ STANDARD = ["search", "ordinal", "random", "uniform", "law", "botorch", "loop"]
 PEERS = {"botorch": "tuned", "loop": "loop", "botorch-ei": "tuned-ei"}
 
 
-def run_search(
-    objective: Objective, feedback: Feedback, rounds: int, seed: int, random: int = 0, **settings: Any
-) -> np.ndarray:
-    """After the first mixture so many random ones are tried."""
-    size = len(objective.best)
-    search, drawn = make_search(size, **settings), first_draws(size, random, seed)
+def run_search(objective: Objective, feedback: Feedback, rounds: int, seed: int, **settings: Any) -> np.ndarray:
+    search = make_search(len(objective.best), **settings)
     state, key = search.init(), jax.random.key(seed)
     for number in range(rounds):
-        if 1 <= number <= random:
-            mixture = drawn[number - 1]
-        else:
-            mixture, _ = search.ask(state, key=jax.random.fold_in(key, number))
+        mixture, _ = search.ask(state, key=jax.random.fold_in(key, number))
         state = search.tell(state, mixture, *feedback(objective(mixture), number))
     return recommend(search, state)
 
@@ -121,7 +113,6 @@ OURS: dict[str, Callable[[Objective, Feedback, int, int], np.ndarray]] = {
     "search": run_search,
     "timid": partial(run_search, beta=1.0),
     "log-ei": partial(run_search, acquisition="log_ei"),
-    "plain": partial(run_search, random=2, initial=1),
     "ordinal": run_ordinal,
     "random": run_random,
     "uniform": run_uniform,

@@ -159,7 +159,7 @@ class SearchConfig:
       schedule: how beta changes from round to round.
       floor: the share of a domain is 0 or at least this.
       most: at most this many domains take part in a mixture.
-      initial: rounds of a space-filling design before the surrogate is asked.
+      initial: rounds before the surrogate is asked: the uniform mixture, then random ones.
       settings: fields that are searched together with the mixture; their values elsewhere are not used.
       fidelity: of the trials; None: all are alike.
       groups: of domains, each domain in one at most.

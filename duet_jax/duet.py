@@ -6,8 +6,8 @@
 Every round is a pure function of the configuration, the round's number and the feedback before it, and leaves a
 file after each stage. So a run that was killed anywhere goes on where it was, to the same end.
 
-Where we differ from the paper: the first rounds are a space-filling design that begins with the uniform mixture,
-instead of 50 random mixtures; one model is trained per mixture and all feedback is kept.
+Where we differ from the paper: the first rounds are the uniform mixture and two random ones, instead of 50 random
+mixtures; one model is trained per mixture and all feedback is kept.
 """
 
 from __future__ import annotations

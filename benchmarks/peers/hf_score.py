@@ -19,7 +19,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def main() -> None:
     request = json.load(sys.stdin)
     model = transformers.AutoModelForCausalLM.from_pretrained(request["folder"], dtype=DTYPES[request["dtype"]]).eval()
-    order = sorted(range(len(request["tokens"])), key=lambda row: -len(request["tokens"][row]))
+    order = list(range(len(request["tokens"])))
+    if request["sorted"]:
+        order.sort(key=lambda row: -len(request["tokens"][row]))
     batches = [order[first : first + request["rows"]] for first in range(0, len(order), request["rows"])]
     run(model, request, batches[-1:])  # Warms up.
     began = time.perf_counter()

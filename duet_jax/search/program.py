@@ -25,6 +25,8 @@ from duet_jax.search.surrogate import Hyperparameters, Posterior, Problem, Surro
 RANDOM, CENTRES = 512, 8
 # What a recommended mixture may lose for each domain fewer: standard deviations of the feedback, and of the loss.
 CHEAP, UNSURE = 0.06, 2.0
+# Squared distance on the map below which a point of the first design is one that there is.
+SAME = 1e-5
 
 
 class Proposal(NamedTuple):
@@ -43,7 +45,7 @@ class Proposal(NamedTuple):
       noise: learned standard deviation of the feedback's noise.
       lengthscale: common lengthscale in the map; on the Hellinger map, vertices are sqrt 2 apart.
       amplitude: prior standard deviation of the value.
-      initial: whether it belongs to the space-filling design.
+      initial: whether it belongs to the first design.
     """
 
     mixture: Array
@@ -73,7 +75,8 @@ class Program:
       acquisition: "ucb" (Srinivas et al. 2010), "log_ei" (Ament et al. 2023) or "thompson".
       beta: standard deviations that the upper confidence bound adds to the mean.
       schedule: how beta changes with the number of observations, see `acquisition.beta_at`.
-      initial: size of the space-filling design, which goes on for as long as all feedback is the same.
+      initial: size of the first design (the uniform mixture, then random ones), which goes on for as long as all feedback
+        is the same.
       constraints: which mixtures may be proposed.
       prior: a mixture towards which proposals are pulled, or ().
       penalty: standardised value that a proposal gives up per nat of divergence from `prior`.
@@ -302,9 +305,8 @@ class Program:
         highest = jnp.where(jnp.any(state.mask), highest, 0.0)
         score = self._score(posteriors, observed, highest, beta, key_sample)
         found = maximise(score, centres, draws, self.constraints, space, key=key_maximise)
-        planned = jnp.sum(taken) < initial
-        first = planned | alike
-        point = jnp.where(first, self._design(targets, taken, draws, planned, key_maximise), found.point)
+        first = (jnp.sum(taken) < initial) | alike
+        point = jnp.where(first, self._design(targets, taken, draws, key_maximise), found.point)
         mean, deviation = (x[0] for x in self.moments(posteriors, point[None]))
         single = len(posteriors) == 1
         centre, spread = (posteriors[0].centre, posteriors[0].spread) if single else (0.0, 1.0)
@@ -371,11 +373,11 @@ class Program:
 
         return score
 
-    def _design(self, points: Array, taken: Array, draws: Array, planned: Array, key: Array) -> Array:
-        """The uniform mixture and middle settings first, then what is farthest from all there is.
+    def _design(self, points: Array, taken: Array, draws: Array, key: Array) -> Array:
+        """The first that is not taken: the uniform mixture with middle settings, then random ones.
 
-        Beyond what was planned, where all feedback is the same, only uniform draws: almost every random face is
-        farther away, and a search that hears nothing would try one after another.
+        What is farthest from all there is would lie on faces, and a search that begins there does worse where the
+        optimum is inside.
         """
         size, space = self.num_domains, self.space
         candidates = jnp.concatenate([jnp.full((1, size), 1 / size, draws.dtype), draws])
@@ -388,5 +390,5 @@ class Program:
             candidates = jnp.concatenate([candidates, settings], axis=1)
         apart = jnp.sum(candidates**2, axis=1)[:, None] + jnp.sum(points**2, axis=1) - 2.0 * candidates @ points.T
         nearest = jnp.min(jnp.where(taken[None], apart, jnp.inf), axis=1)
-        nearest = jnp.where(planned | (jnp.arange(len(candidates)) <= len(draws) // 2), nearest, -jnp.inf)
-        return candidates[jnp.argmax(jnp.where(jnp.any(taken), nearest, 0.0))]
+        # Rounding leaves more than 0 between a point and itself.
+        return candidates[jnp.argmax(nearest > SAME)]

@@ -63,8 +63,8 @@ class Search(Program):
     touched. Full buffers grow by `GROWTH`, and then the step is compiled anew. `start`, `insert` and `propose`, of
     `Program`, are what they are made of, for use inside jit, vmap and scan.
 
-    Where we differ from the paper: the first mixtures are a space-filling design that begins with the uniform one;
-    the kernel is Matern 5/2 on square roots of shares, with hyperparameters from their posterior mode.
+    Where we differ from the paper: the first mixtures are the uniform one and two random ones; the kernel is Matern
+    5/2 on square roots of shares, with hyperparameters from their posterior mode.
     """
 
     def init(self) -> Observations:

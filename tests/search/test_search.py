@@ -385,3 +385,13 @@ def test_five_hundred_observations():
     mixture, diagnostics = search.ask(state, key=jax.random.key(0))
     assert math.fsum(mixture) == 1.0 and np.all(np.isfinite(diagnostics[:-2]))
     assert objective(search.recommend(state)[0]) > -0.01
+
+
+def test_the_first_design_has_no_mixture_twice():
+    search, key, even = Search(num_domains=D), jax.random.key(0), np.full(D, 1 / D)
+    np.testing.assert_array_equal(search.ask(search.init(), key=key)[0], even)
+    heard = search.tell(search.init(), even, 1.0)
+    for state, pending in ((heard, np.zeros((0, D))), (search.init(), even[None])):
+        mixture, diagnostics = search.ask(state, key=key, pending=pending)
+        assert diagnostics.origin == "initial"
+        assert np.all(mixture > 0) and np.abs(mixture - even).max() > 0.01
