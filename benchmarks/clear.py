@@ -51,7 +51,8 @@ from duet_jax.evaluate import Evaluated, Evaluation
 from duet_jax.feedback import Deployed
 from duet_jax.feedback.answers import exact_match, token_f1
 from duet_jax.feedback.likelihood import response_tokens
-from duet_jax.loading import Loaded, load, load_all
+from duet_jax.loading import Loaded, load
+from duet_jax.reading import load_all
 from duet_jax.types import Feedback
 
 NEW_TOKENS, BATCH = 24, 16

@@ -23,7 +23,7 @@ from duet_jax.curate import curate
 
 CONFIGS = {path.stem.removeprefix("curate_"): path for path in sorted((HERE.parent / "configs").glob("curate_*.yaml"))}
 # Of what is drawn or asked, not of what is read.
-FEWER = {"self_guide": ["self_guide.count=8", "self_guide.attempts=24"], "calibration": ["calibration.examples=16"]}
+FEWER = {"self_guide": ["self_guide.count=8", "self_guide.attempts=24"], "calibration": ["calibration.examples=8"]}
 
 
 def overrides(kind: str, examples: int, dtype: str) -> list[str]:

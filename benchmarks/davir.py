@@ -38,7 +38,8 @@ from duet_jax.config import DomainConfig, SelectConfig, TaskConfig
 from duet_jax.data import join, load_examples
 from duet_jax.evaluate import Evaluation
 from duet_jax.feedback import Deployed, build
-from duet_jax.loading import load, load_all, load_goal
+from duet_jax.loading import load, load_goal
+from duet_jax.reading import load_all
 from duet_jax.selection import choose
 
 INSTRUCTIONS = ("alpaca_en", "dolly", "self_instruct")

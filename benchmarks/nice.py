@@ -38,7 +38,8 @@ from duet_jax._decode import decode
 from duet_jax.config import DomainConfig, SelectConfig, TaskConfig
 from duet_jax.data import join, load_examples
 from duet_jax.feedback import Deployed, build
-from duet_jax.loading import Loaded, load, load_all, load_goal
+from duet_jax.loading import Loaded, load, load_goal
+from duet_jax.reading import load_all
 
 # Shares of the pool.
 PARTS = {"reasoned": 7 / 12, "terse": 3 / 12, "strategyqa": 2 / 12}

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import filelock
 import numpy as np
@@ -27,10 +27,17 @@ def write(path: Path, content: str | bytes, *, new: bool = False) -> None:
     Raises:
       FileExistsError: the file should be new, but is there.
     """
+    with replacing(path, new=new) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def replacing(path: Path, *, new: bool = False) -> Iterator[BinaryIO]:
+    """A file to write to, which takes the place of the old one as `write` does when the block ends without an error."""
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
         with os.fdopen(descriptor, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)

@@ -4,7 +4,7 @@ Written into a folder are
   the files of its kind   see the module of the kind in `duet_jax.curation`
   curation.json           what was done: configuration, model, versions, and what was said meanwhile; files that it
                           lists and the next run does not write are removed
-  work/                   trained models, replies and scores, by hash; a run that was killed goes on from there
+  work/                   tokens, trained models, replies and scores, by hash; a run that was killed goes on from there
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ from duet_jax.curation.bench import Student
 from duet_jax.data import load_examples
 from duet_jax.display import Display
 from duet_jax.errors import StudyError
-from duet_jax.loading import load, load_all
+from duet_jax.loading import load
+from duet_jax.reading import load_all
 
 # By kind: the bench and the section of that name in, files out.
 KINDS: dict[str, Callable[[Bench, Any], Curated]] = {
@@ -115,7 +116,8 @@ def _bench(config: CurateConfig, work: Path, say: Callable[[str], None], display
         if config.kind == "answers":
             # Prompts alone: they may have no responses, and none of them is cut.
             taught, others = [], [example for domain in domains for example in domain.train]
-        loaded = load(config.model, config.data, config.training, taught, others, config.seed, say)
+        kept = work / "data"
+        loaded = load(config.model, config.data, config.training, taught, others, config.seed, say, folder=kept)
         given = Student(
             engine=loaded.engine,
             trainer=loaded.trainer,

@@ -13,8 +13,6 @@ mixtures; one model is trained per mixture and all feedback is kept.
 from __future__ import annotations
 
 import dataclasses
-import os
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -28,7 +26,7 @@ from duet_jax import job as jobs
 from duet_jax import kept, workers
 from duet_jax.config import StudyConfig
 from duet_jax.display import Display, shares
-from duet_jax.distributed.processes import Stopped, first, lead, led, require_shared, several, stop_if_told
+from duet_jax.distributed.processes import Stopped, first, lead, led, require_shared, several, shared, stop_if_told
 from duet_jax.errors import DuetError, FeedbackError, StudyError
 from duet_jax.feedback import Deployed
 from duet_jax.feedback.likelihood import response_tokens
@@ -151,16 +149,13 @@ def _begin(folder: Place, config: StudyConfig) -> Study:
     if isinstance(storage, Folder):
         require_shared(storage.local / "config.yaml")
     study = Study.open(storage, config)
-    if study.remote and several() and (config.selector.scores or config.training.online is not None):
-        seen = lead(lambda: tempfile.mkdtemp(prefix=".seen-", dir=study.folder))
-        try:
-            require_shared(
-                study.folder / Path(seen).name,
-                "there they keep what selectors and training.online score: set XDG_CACHE_HOME to a folder of a file "
-                "system they share, or score with duet select first (selector.kind: utilities)",
-            )
-        finally:
-            lead(os.rmdir, seen)
+    scored = config.selector.scores or config.training.online is not None
+    if study.remote and scored and not shared(study.folder):
+        raise StudyError(
+            f"{study.folder} is not seen by all processes of this run; there they keep what selectors and "
+            f"training.online score: set XDG_CACHE_HOME to a folder of a file system they share, or score with duet "
+            f"select first (selector.kind: utilities)."
+        )
     return study
 
 
@@ -323,7 +318,7 @@ def _notes(
         "tokens": trained.tokens,
         "seconds": seconds,
         "repeats": repeats,
-        "truncated": sum(job.data.cut[row] for row in np.unique(rows)),
+        "truncated": job.data.take(np.unique(rows)).truncated,
         "validation_loss": validation,
     }
 

@@ -20,7 +20,8 @@ from duet_jax.distributed.place import row_parts
 from duet_jax.distributed.processes import led
 from duet_jax.errors import ConfigError, DataError, StudyError
 from duet_jax.feedback import Coarse, Engine, Task
-from duet_jax.loading import Goal, check_layers, load, load_all, load_goal
+from duet_jax.loading import Goal, check_layers, load, load_goal
+from duet_jax.reading import load_all
 from duet_jax.recall import make_search
 from duet_jax.search import Search
 from duet_jax.search.constraints import round_counts
@@ -117,7 +118,7 @@ def prepare(
 
     Args:
       config: the study's configuration.
-      folder: the study's directory, for cached utilities.
+      folder: the study's directory, for examples, tokens and utilities, which are kept.
       say: is given one line of news at a time.
       on_progress: is given what a selector does, how much of it is done, and of how much.
 
@@ -125,7 +126,8 @@ def prepare(
       ConfigError, DataError, ModelError: the first mistake found.
     """
     make_search(config)
-    domains = load_all(config.data, config.seed)
+    kept = folder / "data"
+    domains = load_all(config.data, config.seed, kept)
     online, plain = config.training.online, dataclasses.replace(config.training, online=None)
     total = sum(len(domain.train) for domain in domains)
     if online is not None and total < online.candidates:
@@ -139,7 +141,8 @@ def prepare(
     selector, selections = config.selector, folder / "selections"
     goal = load_goal(selector, config.data.domains, domains, config.seed, selections)
     texts = [*unseen.texts, *(example for _, examples in goal.targets for example in examples)]
-    loaded = load(config.model, config.data, plain, domains, texts, config.seed, say, config.mesh, jax.devices())
+    devices = jax.devices()
+    loaded = load(config.model, config.data, plain, domains, texts, config.seed, say, config.mesh, devices, kept)
     model = loaded.model
     check_layers(model, config.training, _searched_layers(config))
     _check_searched_batches(config, row_parts(loaded.trainer.mesh))

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from jax.sharding import Mesh
 
 from duet_jax import models
 from duet_jax.config import DataConfig, DomainConfig, MeshConfig, ModelConfig, SelectorConfig, TrainingConfig
-from duet_jax.data import Domain, Encoded, Example, encode, load_domains, load_examples
+from duet_jax.data import Domain, Encoded, Example, load_examples
 from duet_jax.data.characters import CharacterTokenizer
+from duet_jax.data.texts import taken
+from duet_jax.data.token_files import PART
 from duet_jax.distributed.mesh import make_mesh
 from duet_jax.distributed.place import place, row_parts
 from duet_jax.distributed.processes import SILENCE, lead, several
@@ -28,6 +31,7 @@ from duet_jax.feedback.rewards import Reward, build_reward, of_parts
 from duet_jax.influence.given import external_samples
 from duet_jax.models import llama
 from duet_jax.models import lora as adapters
+from duet_jax.reading import describe, encode_all, rows_left
 from duet_jax.selection import Asked, Pool, Scores, load_utilities, score_with_details
 from duet_jax.training.sft import Trainer
 
@@ -44,10 +48,10 @@ class Goal:
       reward: of replies to them, for a selector that has the model answer.
     """
 
-    targets: tuple[tuple[str, tuple[Example, ...]], ...]
+    targets: tuple[tuple[str, Sequence[Example]], ...]
     reward: Reward | None
 
-    def sets(self, domains: Sequence[Domain]) -> tuple[tuple[str, tuple[Example, ...]], ...]:
+    def sets(self, domains: Sequence[Domain]) -> tuple[tuple[str, Sequence[Example]], ...]:
         """The targets, or the held-out examples of the domains."""
         return self.targets or tuple((domain.name, domain.validation) for domain in domains)
 
@@ -64,6 +68,7 @@ class Loaded:
       max_length: tokens at which examples are cut.
       trainer: compiled training.
       engine: compiled scoring and generation.
+      folder: where tokens of many examples are kept; None: in memory.
     """
 
     domains: list[Domain]
@@ -73,10 +78,14 @@ class Loaded:
     max_length: int
     trainer: Trainer
     engine: Engine
+    folder: Path | None = None
 
     def encode(self, examples: Sequence[Example], name: str) -> Encoded:
-        """Examples as tokens."""
-        return encode(examples, self.model.tokenizer, chat=self.chat, max_length=self.max_length, name=name)
+        """Examples as tokens; for all processes to call."""
+        return self._encode([(name, examples)], self.folder if len(examples) > PART else None)[0]
+
+    def _encode(self, named: Sequence[tuple[str, Sequence[Example]]], folder: Path | None) -> tuple[Encoded, ...]:
+        return encode_all(named, self.model.tokenizer, chat=self.chat, max_length=self.max_length, folder=folder)
 
     def utilities(
         self,
@@ -112,8 +121,7 @@ class Loaded:
         for domain, encoded in zip(self.domains, self.train, strict=True):
             kind, path = selector.kind, selector.path
             every = lead(load_utilities, kind, domain.name, domain.train, path=path, cache_folder=folder)
-            kept = set(encoded.ids)
-            found.append(every[[example.id in kept for example in domain.train]])
+            found.append(every[rows_left(domain.train, encoded)])
         return Scores(tuple(found), {})
 
     def pool(
@@ -140,15 +148,14 @@ class Loaded:
             say=say,
             on_progress=on_progress,
             asked=asked,
-            examples=self._kept,
+            examples=self.kept,
             engine=self.engine,
         )
 
     @property
-    def _kept(self) -> tuple[tuple[Example, ...], ...]:
+    def kept(self) -> tuple[Sequence[Example], ...]:
         """The domains' training examples less those that were left out because of their length."""
-        kept = [set(encoded.ids) for encoded in self.train]
-        return tuple(tuple(e for e in d.train if e.id in ids) for d, ids in zip(self.domains, kept, strict=True))
+        return tuple(taken(d.train, rows_left(d.train, e)) for d, e in zip(self.domains, self.train, strict=True))
 
     def _asked(self, selector: SelectorConfig, goal: Goal, say: Callable[[str], None]) -> Asked | None:
         if goal.reward is None:
@@ -200,11 +207,6 @@ def load_goal(
     return dataclasses.replace(goal, reward=of_parts(parts))
 
 
-def load_all(config: DataConfig, seed: int) -> list[Domain]:
-    """Reads and splits all domains."""
-    return load_domains(config.domains, validation_fraction=config.validation_fraction, seed=seed)
-
-
 def load(
     config: ModelConfig,
     data: DataConfig,
@@ -215,6 +217,7 @@ def load(
     say: Callable[[str], None],
     mesh: MeshConfig | None = None,
     devices: Sequence[jax.Device] = (),
+    folder: Path | None = None,
 ) -> Loaded:
     """Loads the model and turns the domains into tokens.
 
@@ -222,12 +225,13 @@ def load(
       config: of the model.
       data: how examples are cut.
       training: of the model; None: it is taken as it is.
-      domains: as `load_all` read them.
+      domains: as `reading.load_all` read them.
       others: examples that the model will see besides; a model from scratch knows their characters.
       seed: of a model from scratch.
       say: is given one line of news at a time.
       mesh: how the devices are arranged; None: it is chosen, of as many of them as share the rows of a batch evenly.
       devices: that the work is spread over; none: it is done on the default one.
+      folder: where tokens are kept; None: in memory.
 
     Raises:
       ConfigError, DataError, ModelError: the first mistake found.
@@ -295,10 +299,10 @@ def load(
         mesh=spread,
     )
     engine = Engine(model, chat, buckets, trainer.compute_dtype, spread)
-    loaded = Loaded(domains, (), model, chat, data.max_length, trainer, engine)
-    train = tuple(loaded.encode(domain.train, domain.name) for domain in domains)
+    loaded = Loaded(domains, (), model, chat, data.max_length, trainer, engine, folder)
+    train = loaded._encode([(domain.name, domain.train) for domain in domains], folder)
     for domain, encoded in zip(domains, train, strict=True):
-        say(_describe(domain, encoded, data.max_length))
+        say(describe(domain, encoded, data.max_length))
     return dataclasses.replace(loaded, train=train)
 
 
@@ -373,8 +377,8 @@ def _load_model(
         return models.load(config.source, dtype=base_dtype(config, training))
     scratch = config.scratch
     assert scratch is not None
-    trained_on = [example for domain in domains for example in (*domain.train, *domain.validation)]
-    tokenizer = CharacterTokenizer.from_examples([*trained_on, *others])
+    trained_on = (part for domain in domains for part in (domain.train, domain.validation))
+    tokenizer = CharacterTokenizer.from_examples(chain(*trained_on, others))
     shape = llama.LlamaConfig(
         vocab_size=tokenizer.vocab_size,
         hidden_size=scratch.hidden_size,
@@ -388,13 +392,3 @@ def _load_model(
     params = llama.init(shape, key=jax.random.key(seed))
     fingerprint = models.fingerprint(shape, params)
     return models.Model(shape, params, tokenizer, "from scratch", fingerprint)
-
-
-def _describe(domain: Domain, encoded: Encoded, max_length: int) -> str:
-    line = f"{domain.name}: {len(encoded)} training and {len(domain.validation)} validation examples"
-    if encoded.truncated or encoded.dropped:
-        line += (
-            f"; at {max_length} tokens {encoded.truncated} are cut short and {encoded.dropped} left out, "
-            f"whose prompt alone is longer"
-        )
-    return line

@@ -6,7 +6,8 @@ Written into a folder are
                    what is since the last checkpoint comes by again after a crash, with the same numbers
   results.json     what came out: of each iteration held-out pairs and beta_eff, versions, what was said meanwhile
   model/           the trained model as a Hugging Face folder, adapters merged
-  work/            reference log-probabilities, replies and checkpoints; a run that was killed goes on from there
+  work/            tokens, reference log-probabilities, replies and checkpoints; a run that was killed goes on from
+                   there
 """
 
 from __future__ import annotations
@@ -178,7 +179,7 @@ class _Job:
         reference = np.concatenate([self._reference(stand, part) for part in parts])
         held_out_reference = self._reference(stand, held_out)
         beta, size = effective_beta(config.loss, reference), float(np.abs(reference).mean())
-        cut = sum(pairs.both.cut)
+        cut = pairs.both.truncated
         self.say(
             f"{len(pairs)} pairs, {len(held_out)} held out; {cut} of {2 * len(pairs)} responses are cut at "
             f"{config.data.max_length} tokens; {config.loss.kind} with beta {config.loss.beta:g}, "
@@ -244,7 +245,8 @@ class _Job:
 def _prepare(config: PreferenceConfig, folder: Path, display: Display, say: Callable[[str], None]) -> _Job:
     """Reads the data, then the model; tells what is wrong with them before anything is computed."""
     domains = load_pairs(config.data, config.seed)
-    loaded = load(config.model, config.data.reading, config.training, domains, (), config.seed, say)
+    kept = folder / "work" / "data"
+    loaded = load(config.model, config.data.reading, config.training, domains, (), config.seed, say, folder=kept)
     chosen, *others = (
         (train, loaded.encode(domain.validation, f"{domain.name} (validation)"))
         for domain, train in zip(domains, loaded.train, strict=True)

@@ -7,8 +7,8 @@ Written into a folder are
   selection.json     what was done: configuration, model, counts, cost, versions, what was said meanwhile, and with
                      `evaluate` the `evaluation`: a row for the model trained on the chosen examples and for each
                      baseline
-  work/              utilities, trained models and what they were made of, by hash; a run that was killed goes on from
-                     there
+  work/              examples, tokens, utilities, trained models and what they were made of, by hash; a run that was
+                     killed goes on from there
 """
 
 from __future__ import annotations
@@ -32,11 +32,13 @@ from duet_jax._files import alone, write
 from duet_jax.config import SelectConfig
 from duet_jax.data import Domain, Example
 from duet_jax.data.example import any_chat, as_row
+from duet_jax.data.texts import ids_of
 from duet_jax.display import Display
 from duet_jax.distributed.processes import first, lead, led, require_shared
 from duet_jax.errors import ConfigError
 from duet_jax.evaluate import Evaluation, choices
-from duet_jax.loading import Goal, Loaded, load, load_all, load_goal
+from duet_jax.loading import Goal, Loaded, load, load_goal
+from duet_jax.reading import load_all
 from duet_jax.search.constraints import Constraints, round_counts
 from duet_jax.selection import choose, floor_share, load_utilities, pool_size
 from duet_jax.unseen import read_task
@@ -75,10 +77,10 @@ def select(config: SelectConfig, folder: Path, quiet: bool = False) -> dict[str,
             display.say(line)
 
         began = time.perf_counter()
-        domains = load_all(config.data, config.seed)
+        work = folder / "work"
+        domains = load_all(config.data, config.seed, work / "data")
         # Before anything is computed: how many of each there are is known now.
         _counts(config, [len(domain.train) for domain in domains])
-        work = folder / "work"
         goal = load_goal(config.selector, config.data.domains, domains, config.seed, work)
         loaded, measure = _load(config, domains, goal, work, say, display)
         scored = _score(config, domains, goal, loaded, work, say, display)
@@ -114,7 +116,16 @@ def _load(
     others = [example for _, examples in goal.targets for example in examples]
     others += [] if unseen is None else unseen.texts
     loaded = load(
-        config.model, config.data, config.training, domains, others, config.seed, say, config.mesh, jax.devices()
+        config.model,
+        config.data,
+        config.training,
+        domains,
+        others,
+        config.seed,
+        say,
+        config.mesh,
+        jax.devices(),
+        work / "data",
     )
     if unseen is None:
         return loaded, None
@@ -145,10 +156,10 @@ def _score(
         ]
     scores = loaded.scores(selector, goal, work, config.seed, say, display.work)
     found, start = [], 0
-    for domain, encoded, values in zip(domains, loaded.train, scores.utilities, strict=True):
-        kept, rows = set(encoded.ids), slice(start, start + len(encoded))
+    for domain, examples, values in zip(domains, loaded.kept, scores.utilities, strict=True):
+        rows = slice(start, start + len(examples))
         details = {name: numbers[rows] for name, numbers in scores.details.items()}
-        found.append(Scored(domain.name, [example for example in domain.train if example.id in kept], values, details))
+        found.append(Scored(domain.name, examples, values, details))
         start = rows.stop
     return found
 
@@ -218,7 +229,7 @@ def _write(
     table = pyarrow.table(
         {
             "domain": [scored[number].name for number in domain],
-            "id": [example.id for part in scored for example in part.examples],
+            "id": [identifier for part in scored for identifier in ids_of(part.examples)],
             "utility": utilities,
             "rank": rank + 1,
             "selected": np.concatenate(
@@ -254,7 +265,7 @@ def _cost(loaded: Loaded | None, seconds: float) -> dict[str, Any]:
     if loaded is None:
         return {"seconds": seconds}
     mesh = loaded.trainer.mesh
-    tokens = sum(len(tokens) for part in loaded.train for tokens in part.tokens)
+    tokens = sum(int(part.lengths.sum()) for part in loaded.train)
     return {"seconds": seconds, "devices": 1 if mesh is None else mesh.size, "tokens": tokens}
 
 

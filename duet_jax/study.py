@@ -13,6 +13,7 @@ in an object store, there are
     metrics.NAME.jsonl  the same of the worker NAME; metrics/NNNN-C.jsonl in an object store has a trial's, up to its
                         last checkpoint
     ratings.jsonl     what people say of the trials, where they are asked
+    data/             examples and tokens, by hash, mapped into memory by all who run the study; see `reading`
     write.lock        held for the moment of a change
 """
 

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from duet_jax import config as configs
-from duet_jax import duet, loading, workers
+from duet_jax import duet, loading, reading, workers
 from duet_jax.display import Display
 from duet_jax.errors import ConfigError, DataError, FeedbackError, ModelError, StudyError
 from duet_jax.study import Study
@@ -131,7 +131,7 @@ def test_texts_are_given_up_once_they_are_tokens(straight, tmp_path, monkeypatch
     domains = []
 
     def load_all(*given):
-        found = loading.load_all(*given)
+        found = reading.load_all(*given)
         domains.extend(map(weakref.ref, found))
         return found
 

@@ -22,7 +22,8 @@ from duet_jax.display import Display
 from duet_jax.errors import ConfigError, DuetError
 from duet_jax.evaluate import choices
 from duet_jax.feedback import Deployed
-from duet_jax.loading import Loaded, load, load_all
+from duet_jax.loading import Loaded, load
+from duet_jax.reading import load_all
 from duet_jax.unseen import read_task
 
 WALK = {"letters": 5, "length": 6, "examples": 30}

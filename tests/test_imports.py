@@ -17,7 +17,7 @@ ALLOWED = {
     "search": set(),
     "kernels": set(),
     "models": {"distributed"},
-    "data": set(),
+    "data": {"_files"},
     # Where arrays lie and what devices are: it knows nothing of what is computed there.
     "distributed": set(),
     # Texts and checkpoints by name: it knows nothing of studies.

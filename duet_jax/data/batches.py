@@ -126,7 +126,14 @@ def _sizes(lengths: np.ndarray | Sequence[int], buckets: Sequence[int], batch_si
     return sizes
 
 
-def gather_batch(encoded: Encoded, indices: np.ndarray, bucket_length: int, batch_size: int, pad_id: int) -> Batch:
+def gather_batch(
+    encoded: Encoded,
+    indices: np.ndarray,
+    bucket_length: int,
+    batch_size: int,
+    pad_id: int,
+    held: np.ndarray | None = None,
+) -> Batch:
     """Copies examples into one padded batch of shape [batch_size, bucket_length].
 
     Args:
@@ -135,6 +142,7 @@ def gather_batch(encoded: Encoded, indices: np.ndarray, bucket_length: int, batc
       bucket_length: T; no example of the batch may be longer.
       batch_size: B.
       pad_id: fills the rows after their examples.
+      held: bool [batch_size], rows that are read; the others are as padding, but have their index. None: all.
 
     Raises:
       ValueError: too many indices, or an example longer than `bucket_length`.
@@ -146,6 +154,8 @@ def gather_batch(encoded: Encoded, indices: np.ndarray, bucket_length: int, batc
     index = np.full(batch_size, -1, np.int32)
     index[: len(indices)] = indices
     for row, example in enumerate(indices):
+        if held is not None and not held[row]:
+            continue
         ids = encoded.tokens[example]
         if len(ids) > bucket_length:
             raise ValueError(f"example {example} has {len(ids)} tokens and does not fit a bucket of {bucket_length}")

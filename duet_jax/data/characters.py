@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -52,6 +53,11 @@ class CharacterTokenizer:
     def vocab_size(self) -> int:
         """Number of ids, the four special ones included."""
         return len(SPECIAL) + len(self.alphabet)
+
+    @property
+    def identity(self) -> str:
+        """Hash of all that decides which ids a text becomes, hexadecimal."""
+        return hashlib.sha256(json.dumps([self.alphabet, self.bos_id, self.eos_ids, self.add_bos]).encode()).hexdigest()
 
     def encode(self, text: str, add_special: bool = False) -> list[int]:
         """Ids of the characters; `add_special` puts BOS in front."""

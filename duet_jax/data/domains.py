@@ -7,13 +7,16 @@ name. Other domains may come and go without moving an example from training to v
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from duet_jax.data import synthetic
 from duet_jax.data.example import Example
 from duet_jax.data.sources import Row, read_rows
+from duet_jax.data.texts import ids_of, taken
 from duet_jax.errors import DataError
 
 if TYPE_CHECKING:
@@ -25,13 +28,18 @@ class Domain:
     """A named data set, split. `source` is where it came from, as the user wrote it."""
 
     name: str
-    train: tuple[Example, ...]
-    validation: tuple[Example, ...]
+    train: Sequence[Example]
+    validation: Sequence[Example]
     source: str
 
 
 def load_domains(
-    specs: Sequence[DomainConfig], *, validation_fraction: float, seed: int, validation_most: int | None = None
+    specs: Sequence[DomainConfig],
+    *,
+    validation_fraction: float,
+    seed: int,
+    validation_most: int | None = None,
+    read: Callable[[DomainConfig], Sequence[Example]] | None = None,
 ) -> list[Domain]:
     """Loads every domain and splits each into training and validation examples.
 
@@ -41,6 +49,7 @@ def load_domains(
         examples gets at least one validation and keeps at least one training example.
       seed: chooses the split and the subsample of `max_examples`.
       validation_most: at most so many examples of a domain are held out; the others stay training examples.
+      read: see `load_examples`.
 
     Returns:
       Domains in the order of `specs`; within a part the examples keep the order of the source.
@@ -56,23 +65,20 @@ def load_domains(
         raise DataError(f"two domains are named '{repeated[0]}'; every domain needs its own name")
     domains = []
     for spec in specs:
-        examples = load_examples(spec, seed=seed)
+        examples = load_examples(spec, seed=seed, read=read)
         held_out = _validation_count(len(examples), validation_fraction)
         if validation_most is not None:
             held_out = min(held_out, validation_most)
-        chosen = set(_lowest(examples, held_out, f"validation/{seed}/{spec.name}"))
-        domains.append(
-            Domain(
-                name=spec.name,
-                train=tuple(e for i, e in enumerate(examples) if i not in chosen),
-                validation=tuple(e for i, e in enumerate(examples) if i in chosen),
-                source=spec.source,
-            )
-        )
+        chosen = np.zeros(len(examples), np.bool_)
+        chosen[_lowest(examples, held_out, f"validation/{seed}/{spec.name}")] = True
+        train, validation = (taken(examples, np.flatnonzero(part)) for part in (~chosen, chosen))
+        domains.append(Domain(spec.name, train, validation, spec.source))
     return domains
 
 
-def load_examples(spec: DomainConfig, *, seed: int = 0) -> list[Example]:
+def load_examples(
+    spec: DomainConfig, *, seed: int = 0, read: Callable[[DomainConfig], Sequence[Example]] | None = None
+) -> Sequence[Example]:
     """Loads the examples of one source, in its order, before any split.
 
     The columns `choices`, `answer_index`, `answers` and `meta` (with `answer` or `answers`) are read
@@ -84,31 +90,45 @@ def load_examples(spec: DomainConfig, *, seed: int = 0) -> list[Example]:
         of (seed, domain name, example id). Where `response` is None, no response is read, and every
         example's is "".
       seed: see above.
+      read: gives all examples of the source, as `keeping` does those that are in a file; None: `read_examples`.
 
     Raises:
       DataError: the source is missing, empty or malformed; a row lacks a mapped column, has a value
         that is no string, or an empty response. The sentence names the file and the line.
     """
-    if spec.source.startswith("synthetic:"):
-        kind = spec.source.removeprefix("synthetic:")
-        examples = synthetic.generate(kind, spec.name, spec.split, spec.options)
-        if spec.response is None:
-            examples = [replace(example, response="") for example in examples]
-    else:
-        seen: dict[str, int] = {}
-        rows = read_rows(spec.source, split=spec.split, name=spec.name)
-        examples = [
-            _example(row, spec, _unique(row.columns.get("id"), f"{spec.name}/{number}", seen))
-            for number, row in enumerate(rows, start=1)
-        ]
-    if not examples:
-        raise DataError(f"domain '{spec.name}' is empty: '{spec.source}' has no rows")
+    examples = (read or read_examples)(spec)
     if spec.max_examples is not None:
         if spec.max_examples < 1:
             raise DataError(f"domain '{spec.name}': max_examples must be at least 1, not {spec.max_examples}")
-        kept = sorted(_lowest(examples, spec.max_examples, f"subsample/{seed}/{spec.name}"))
-        examples = [examples[i] for i in kept]
+        examples = taken(examples, np.sort(_lowest(examples, spec.max_examples, f"subsample/{seed}/{spec.name}")))
     return examples
+
+
+def read_examples(spec: DomainConfig) -> Sequence[Example]:
+    """All examples of one source, in memory; see `load_examples`."""
+    return list(parsed(spec))
+
+
+def parsed(spec: DomainConfig) -> Iterator[Example]:
+    """All examples of one source, one after the other; see `load_examples`."""
+    empty = True
+    for example in _generated(spec) if spec.source.startswith("synthetic:") else _mapped(spec):
+        empty = False
+        yield example
+    if empty:
+        raise DataError(f"domain '{spec.name}' is empty: '{spec.source}' has no rows")
+
+
+def _generated(spec: DomainConfig) -> Iterator[Example]:
+    kind = spec.source.removeprefix("synthetic:")
+    for example in synthetic.generate(kind, spec.name, spec.split, spec.options):
+        yield replace(example, response="") if spec.response is None else example
+
+
+def _mapped(spec: DomainConfig) -> Iterator[Example]:
+    seen: dict[str, int] = {}
+    for number, row in enumerate(read_rows(spec.source, split=spec.split, name=spec.name), start=1):
+        yield _example(row, spec, _unique(row.columns.get("id"), f"{spec.name}/{number}", seen))
 
 
 def _validation_count(count: int, fraction: float) -> int:
@@ -117,15 +137,16 @@ def _validation_count(count: int, fraction: float) -> int:
     return min(max(1, round(fraction * count)), count - 1)
 
 
-def _lowest(examples: Sequence[Example], count: int, salt: str) -> list[int]:
-    """Indices of the `count` examples whose salted hash of the id is lowest."""
+def _lowest(examples: Sequence[Example], count: int, salt: str) -> np.ndarray:
+    """Numbers of the `count` examples whose salted hash of the id is lowest, int64."""
     if count >= len(examples):
-        return list(range(len(examples)))
-    hashes = [
-        hashlib.blake2b(f"{salt}/{example.id}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
-        for example in examples
-    ]
-    return sorted(range(len(examples)), key=hashes.__getitem__)[:count]
+        return np.arange(len(examples))
+    hashes = (
+        hashlib.blake2b(f"{salt}/{identifier}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
+        for identifier in ids_of(examples)
+    )
+    found = np.fromiter((int.from_bytes(each, "big") for each in hashes), np.uint64, len(examples))
+    return np.argsort(found, kind="stable")[:count]
 
 
 def _unique(given: Any, otherwise: str, seen: dict[str, int]) -> str:

@@ -52,6 +52,26 @@ def read_rows(source: str, *, split: str, name: str) -> Iterator[Row]:
         yield from _read_hub(source, split, name)
 
 
+def files_of(source: str, *, split: str, name: str) -> list[Path]:
+    """Files that the rows come from; none where `read_rows` has something to say, or there are no files.
+
+    Raises:
+      DataError: as `read_rows`.
+    """
+    path = Path(source).expanduser()
+    try:
+        if path.is_dir():
+            saved = _is_saved(path)
+            return sorted(f for f in path.rglob("*") if f.is_file()) if saved else _shards(path, split, name)
+        if path.exists():
+            return [path]
+    except OSError:
+        return []
+    if "://" in source or _looks_local(source):
+        return []
+    return [Path(file["filename"]) for file in _load_hub(source, split, name).cache_files]
+
+
 def _looks_local(source: str) -> bool:
     return (
         source.startswith(("/", "./", "../", "~"))
@@ -137,9 +157,20 @@ def _read_parquet(path: Path, name: str) -> Iterator[Row]:
 
 
 def _read_folder(path: Path, split: str, name: str) -> Iterator[Row]:
-    if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
+    if _is_saved(path):
         yield from _read_saved(path, split, name)
         return
+    for file in _shards(path, split, name):
+        yield from _read_file(file, name)
+
+
+def _is_saved(path: Path) -> bool:
+    """Whether the `datasets` library has saved this folder."""
+    return (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file()
+
+
+def _shards(path: Path, split: str, name: str) -> list[Path]:
+    """The files of a split in a folder of files."""
     places = [path, path / "data"]
     files = sorted(file for place in places if place.is_dir() for file in place.iterdir() if file.suffix in SUFFIXES)
     # Hub layouts name the shards of a split `train-00000-of-00002.parquet`.
@@ -156,8 +187,7 @@ def _read_folder(path: Path, split: str, name: str) -> Iterator[Row]:
             f"domain '{name}': the folder '{path}' has the split '{split}' more than once "
             f"({', '.join(str(file.relative_to(path)) for file in chosen[:8])}); give the file to read"
         )
-    for file in chosen:
-        yield from _read_file(file, name)
+    return chosen
 
 
 def _read_saved(path: Path, split: str, name: str) -> Iterator[Row]:
@@ -178,11 +208,15 @@ def _read_saved(path: Path, split: str, name: str) -> Iterator[Row]:
 
 
 def _read_hub(source: str, split: str, name: str) -> Iterator[Row]:
+    yield from _dataset_rows(_load_hub(source, split, name), source)
+
+
+def _load_hub(source: str, split: str, name: str) -> Any:
     import datasets
 
     repository, _, configuration = source.partition(":")
     try:
-        data = datasets.load_dataset(repository, configuration or None, split=split)
+        return datasets.load_dataset(repository, configuration or None, split=split)
     # The hub client fails offline, for unknown names and for unknown splits with exceptions of
     # several libraries, so the kinds cannot be listed; the cause stays in the sentence.
     except Exception as error:
@@ -191,7 +225,6 @@ def _read_hub(source: str, split: str, name: str) -> Iterator[Row]:
             f"'{split}' could not be loaded from the Hugging Face hub "
             f"({type(error).__name__}: {_first_line(error)})"
         ) from error
-    yield from _dataset_rows(data, source)
 
 
 def _dataset_rows(data: Any, place: str) -> Iterator[Row]:

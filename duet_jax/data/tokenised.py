@@ -7,14 +7,16 @@ is, id for id, what the model is given when it is asked to answer; no token stra
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 
+from duet_jax.data.arrow import Names
 from duet_jax.data.example import Example, plain_text
+from duet_jax.data.rows import Rows
+from duet_jax.data.texts import ids_of
 from duet_jax.errors import DataError
 
 # Examples that are tokenised together: of each of their tokens a tokenizer holds about a hundred bytes, of which four
@@ -44,35 +46,41 @@ class Encoded:
     """Token ids of examples, in their order, less the dropped ones.
 
     Attributes:
-      tokens: one int32 array [length] an example: prompt, response, end of text.
+      tokens: one int32 array [length] an example: prompt, response, end of text. They are kept as `Rows`.
       prompt_lengths: int32 [n], the tokens before the response, BOS included.
       ids: the examples' ids.
-      cut: for each example, whether it lost tokens to the maximum length.
+      cut: bool [n], whether each example lost tokens to the maximum length; [0] where nobody looked.
       dropped: examples left out because none of their response was left.
     """
 
-    tokens: tuple[np.ndarray, ...]
+    tokens: Sequence[np.ndarray]
     prompt_lengths: np.ndarray
-    ids: tuple[str, ...]
-    cut: tuple[bool, ...] = ()
+    ids: Sequence[str]
+    cut: np.ndarray | Sequence[bool] = ()
     dropped: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tokens", Rows.of(self.tokens))
+        object.__setattr__(self, "cut", np.asarray(self.cut, np.bool_))
 
     def __len__(self) -> int:
         return len(self.tokens)
 
+    @property
+    def rows(self) -> Rows:
+        """The tokens."""
+        return cast(Rows, self.tokens)
+
     def take(self, rows: Sequence[int] | np.ndarray) -> Encoded:
-        """Some of the examples, in the order of their numbers `rows`."""
-        return Encoded(
-            tuple(self.tokens[row] for row in rows),
-            self.prompt_lengths[np.asarray(rows, np.int64)],
-            tuple(self.ids[row] for row in rows),
-            tuple(self.cut[row] for row in rows) if self.cut else (),
-        )
+        """Some of the examples, in the order of their numbers `rows`; no tokens are copied."""
+        chosen, cut = np.asarray(rows, np.int64), np.asarray(self.cut)
+        ids = self.ids.take(chosen) if isinstance(self.ids, Names) else tuple(self.ids[row] for row in chosen)
+        return Encoded(self.rows.take(chosen), self.prompt_lengths[chosen], ids, cut[chosen] if len(cut) else ())
 
     @property
     def truncated(self) -> int:
         """Examples that lost tokens to the maximum length."""
-        return sum(self.cut)
+        return int(np.count_nonzero(self.cut))
 
     @property
     def digest(self) -> str:
@@ -86,7 +94,7 @@ class Encoded:
     @property
     def lengths(self) -> np.ndarray:
         """Tokens of each example, int32 [n]."""
-        return np.fromiter((len(t) for t in self.tokens), np.int32, len(self.tokens))
+        return self.rows.lengths
 
 
 def encode(
@@ -115,21 +123,39 @@ def encode(
       DataError: an example has no response, or all examples would be dropped.
       ValueError: `max_length` is below 2.
     """
+    found = join(list(encoded_parts(examples, tokenizer, chat=chat, max_length=max_length, name=name)))
+    if examples and not len(found):
+        shortest = min(
+            len(prompt)
+            for first in range(0, len(examples), TOGETHER)
+            for prompt in _prompt_ids(list(examples[first : first + TOGETHER]), tokenizer, chat)
+        )
+        raise DataError(
+            f"domain '{name}': no response is left of any of its {len(examples)} examples within "
+            f"max_length {max_length}; the shortest prompt alone has {shortest} "
+            f"tokens, so raise max_length or shorten the prompts"
+        )
+    return found
+
+
+def encoded_parts(
+    examples: Sequence[Example], tokenizer: TokenizerLike, *, chat: bool, max_length: int, name: str
+) -> Iterator[Encoded]:
+    """`encode`, a few examples at a time; of some it may leave none."""
     if max_length < 2:
         raise ValueError(f"max_length must be at least 2 tokens, not {max_length}")
-    for example in examples:
-        if not example.response:
-            raise DataError(
-                f"domain '{name}': the example '{example.id}' has no response to train on or to score; name the column "
-                f"that holds it, or use the example only where replies are sampled and rewarded"
-            )
     end = list(tokenizer.eos_ids[:1])
-    tokens, prompt_lengths, ids, cut, shortest = [], [], [], [], math.inf
     for start in range(0, len(examples), TOGETHER):
-        some = examples[start : start + TOGETHER]
+        some = list(examples[start : start + TOGETHER])
+        for example in some:
+            if not example.response:
+                raise DataError(
+                    f"domain '{name}': the example '{example.id}' has no response to train on or to score; name the "
+                    f"column that holds it, or use the example only where replies are sampled and rewarded"
+                )
         prompts = _prompt_ids(some, tokenizer, chat)
         responses = tokenizer.encode_batch([example.response for example in some])
-        shortest = min(shortest, *map(len, prompts))
+        tokens, prompt_lengths, ids, cut = [], [], [], []
         for example, prompt, response in zip(some, prompts, responses, strict=True):
             whole = [*prompt, *response, *end]
             if max(len(prompt), 1) < min(len(whole), max_length):
@@ -137,23 +163,16 @@ def encode(
                 tokens.append(np.array(whole[:max_length], np.int32))
                 prompt_lengths.append(len(prompt))
                 ids.append(example.id)
-    if examples and not tokens:
-        raise DataError(
-            f"domain '{name}': no response is left of any of its {len(examples)} examples within "
-            f"max_length {max_length}; the shortest prompt alone has {shortest} "
-            f"tokens, so raise max_length or shorten the prompts"
-        )
-    dropped = len(examples) - len(tokens)
-    return Encoded(tuple(tokens), np.array(prompt_lengths, np.int32), tuple(ids), tuple(cut), dropped)
+        yield Encoded(tokens, np.array(prompt_lengths, np.int32), ids, cut, len(some) - len(tokens))
 
 
 def join(parts: Sequence[Encoded]) -> Encoded:
-    """The examples of all parts, one after the other."""
+    """The examples of all parts, one after the other; no tokens are copied."""
     return Encoded(
-        tokens=tuple(tokens for part in parts for tokens in part.tokens),
-        prompt_lengths=np.concatenate([part.prompt_lengths for part in parts]),
-        ids=tuple(identifier for part in parts for identifier in part.ids),
-        cut=tuple(cut for part in parts for cut in part.cut),
+        tokens=Rows.join([part.rows for part in parts]),
+        prompt_lengths=np.concatenate([np.zeros(0, np.int32), *(part.prompt_lengths for part in parts)]),
+        ids=Names.join([part.ids for part in parts]),
+        cut=np.concatenate([np.zeros(0, np.bool_), *(part.cut for part in parts)]),
         dropped=sum(part.dropped for part in parts),
     )
 
@@ -177,14 +196,14 @@ def encode_prompts(examples: Sequence[Example], tokenizer: TokenizerLike, *, cha
         raise ValueError(f"max_length must be at least 2 tokens, not {max_length}")
     tokens, cut = [], []
     for first in range(0, len(examples), TOGETHER):
-        for prompt in _prompt_ids(examples[first : first + TOGETHER], tokenizer, chat):
+        for prompt in _prompt_ids(list(examples[first : first + TOGETHER]), tokenizer, chat):
             cut.append(len(prompt) > max_length)
             if cut[-1]:
                 start = prompt[:1] if prompt[0] == tokenizer.bos_id else []
                 prompt = start + prompt[len(prompt) - max_length + len(start) :]
             tokens.append(np.array(prompt, np.int32))
     lengths = np.fromiter((len(t) for t in tokens), np.int32, len(tokens))
-    return Encoded(tuple(tokens), lengths, tuple(e.id for e in examples), tuple(cut))
+    return Encoded(tokens, lengths, tuple(ids_of(examples)), cut)
 
 
 def _prompt_ids(examples: Sequence[Example], tokenizer: TokenizerLike, chat: bool) -> list[list[int]]:

@@ -49,11 +49,27 @@ def own_rows(tree: Any, mesh: Mesh | None) -> Any:
     return place_rows(mesh, tree) if several() else tree
 
 
+@lru_cache(maxsize=64)
+def held_rows(mesh: Mesh | None, rows: int) -> np.ndarray | None:
+    """Which rows of a batch lie on this process's devices after `own_rows`, bool `[rows]`; None: all.
+
+    The others need not be there at all: nobody looks at them.
+    """
+    if mesh is None or not several():
+        return None
+    found = np.zeros(rows, np.bool_)
+    where = NamedSharding(mesh, rules.row_spec(mesh, rows))
+    for index in where.addressable_devices_indices_map((rows,)).values():
+        assert index is not None
+        found[index] = True
+    return found
+
+
 def put(tree: Any, shardings: Any) -> Any:
     """Arrays where a tree of shardings says.
 
-    Of several processes, each must have the same arrays on its host, or they lie on the devices of all already. Nobody
-    compares them, as `jax.device_put` does over the network.
+    Of several processes, each must have the same arrays on its host, or of them what its own devices get, or they lie
+    on the devices of all already. Nobody compares them, as `jax.device_put` does over the network.
     """
     if not several():
         return jax.device_put(tree, shardings)

@@ -15,6 +15,7 @@ import re
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import traceback
 from collections.abc import Callable, Iterator
@@ -200,6 +201,23 @@ def agree(error: BaseException | None, what: str) -> None:
         raise error
     if failed.any():
         raise StudyError(f"Process {failed.argmax()} of {len(failed)} of this run could not {what}; it says why.")
+
+
+def anywhere(holds: bool) -> bool:
+    """Whether something holds on one process at least; for all processes to call."""
+    return bool(multihost_utils.process_allgather(np.array(holds)).any()) if several() else holds
+
+
+def shared(folder: Path) -> bool:
+    """Whether all processes see one folder under this name, which is made where it is missing."""
+    if not several():
+        return True
+    folder.mkdir(parents=True, exist_ok=True)
+    seen = lead(lambda: tempfile.mkdtemp(prefix=".seen-", dir=folder))
+    try:
+        return bool(multihost_utils.process_allgather(np.array((folder / Path(seen).name).exists())).all())
+    finally:
+        lead(os.rmdir, seen)
 
 
 def require_shared(path: Path, advice: str = "give a folder of a file system they share") -> None:

@@ -18,7 +18,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from duet_jax.data import Encoded, gather_batch
-from duet_jax.distributed.place import map_rows, own_rows, readable
+from duet_jax.distributed.place import held_rows, map_rows, own_rows, readable
 from duet_jax.distributed.processes import stop_if_told
 from duet_jax.kernels import linear_cross_entropy
 from duet_jax.models import llama
@@ -73,7 +73,7 @@ def response_log_probs(
         on_batch(count)
 
     for length, size, rows in plan:
-        batch = gather_batch(encoded, rows, length, size, pad_id)
+        batch = gather_batch(encoded, rows, length, size, pad_id, held_rows(mesh, size))
         values = readable(score(params, lora, *own_rows((batch.tokens, batch.loss_mask), mesh)))
         stop_if_told()
         if waiting is not None:

@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh
 
 from duet_jax.data import Encoded, gather_batch, plan_batches
-from duet_jax.distributed.place import readable
+from duet_jax.distributed.place import held_rows, readable
 from duet_jax.distributed.processes import first, lead, stop_if_told
 from duet_jax.influence import accuracy
 from duet_jax.influence.features import Feature, Moments
@@ -54,13 +55,16 @@ class Batching(NamedTuple):
     size: int
     pad_id: int
 
-    def batches(self, data: Encoded, rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    def batches(
+        self, data: Encoded, rows: np.ndarray, mesh: Mesh | None = None
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Some rows of the data: their numbers `[n]`, tokens int32 `[size, T]` and weights float32 `[size, T]`.
 
-        The last batch of a length may hold fewer examples than `size`; the rest has no weight.
+        The last batch of a length may hold fewer examples than `size`; the rest has no weight. With the mesh of a
+        program that places its rows, the others than this process's own are not read.
         """
         for length, chosen in plan_batches(data.lengths[rows], self.buckets, self.size):
-            batch = gather_batch(data, rows[chosen], length, self.size, self.pad_id)
+            batch = gather_batch(data, rows[chosen], length, self.size, self.pad_id, held_rows(mesh, self.size))
             yield rows[chosen], batch.tokens, batch.loss_mask.astype(np.float32)
 
 
@@ -109,7 +113,7 @@ class Point:
             on_batch(len(chosen))
 
         params = frozen(self.params, self.gradients.compute_dtype)
-        for chosen, tokens, weights in batching.batches(data, rows):
+        for chosen, tokens, weights in batching.batches(data, rows, self.gradients.mesh):
             values = readable(program(params, self.lora, tokens, weights, moments=self.moments, targets=targets).values)
             stop_if_told()
             if waiting is not None:
@@ -123,7 +127,7 @@ class Point:
     def total(self, data: Encoded, batching: Batching) -> dict[str, Array]:
         """The mean over examples of their gradients, `{name: [L, rows, cols]}`."""
         program, total = total_gradient(self.gradients), None
-        for _, tokens, weights in batching.batches(data, np.arange(len(data))):
+        for _, tokens, weights in batching.batches(data, np.arange(len(data)), self.gradients.mesh):
             part = program(self.params, self.lora, tokens, weights).values
             total = part if total is None else jax.tree.map(jnp.add, total, part)
         return jax.tree.map(lambda x: x / len(data), total)
@@ -211,7 +215,7 @@ def sketch(
             rows = np.arange(*store.bounds(shard))
             found = point.each(program, data, rows, batching, count)
             lead(settle)
-            ids, lengths = [data.ids[row] for row in rows], data.lengths[rows]
+            ids, lengths = [data.ids[int(row)] for row in rows], data.lengths[rows]
             if first():
                 writing = writer.submit(store.write, shard, found, ids=ids, lengths=lengths)
         lead(settle)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -62,6 +63,12 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """One more than the largest id."""
         return max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+    @property
+    def identity(self) -> str:
+        """Hash of all that decides which ids texts and conversations become, hexadecimal."""
+        whole = [self.backend.to_str(), self.bos_id, self.eos_ids, self.chat_template, self.add_bos]
+        return hashlib.sha256(json.dumps(whole).encode()).hexdigest()
 
     def encode(self, text: str, add_special: bool = False) -> list[int]:
         """Token ids of a text; with `add_special`, after BOS where the model expects it.

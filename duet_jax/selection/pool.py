@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +88,7 @@ class Pool:
     say: Callable[[str], None] = lambda line: None
     on_progress: Callable[[str, int, int], None] = lambda name, done, of: None
     asked: Asked | None = None
-    examples: tuple[tuple[Example, ...], ...] = ()
+    examples: tuple[Sequence[Example], ...] = ()
     engine: Engine | None = None
 
     def digest(self, selector: SelectorConfig) -> str:

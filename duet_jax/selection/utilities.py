@@ -15,6 +15,7 @@ import numpy as np
 from duet_jax._files import save_array
 from duet_jax.data import Example
 from duet_jax.data.sources import SUFFIXES, read_rows
+from duet_jax.data.texts import ids_of
 from duet_jax.errors import DataError
 
 KINDS = ("random", "utilities")
@@ -59,7 +60,7 @@ def load_utilities(
         given = "none is given" if path is None else f"there is no file '{path}'"
         raise DataError(f"domain '{domain_name}': utilities are to come from a file, but {given}")
     path = Path(path)
-    ids = [example.id for example in examples]
+    ids = list(ids_of(examples))
     if cache_folder is None:
         return _read(path, domain_name, ids)
     kept = Path(cache_folder) / f"utilities-{_digest(path, domain_name, ids)}.npy"

@@ -117,10 +117,15 @@ class Shelf:
             if given_up.wait(PAUSE):
                 return
         self._storage.write(f"{name}.json", json.dumps(about).encode())
+        # Another claim, which has a checkpoint of its own, may remove these parts. Who writes this text then looks for
+        # them, and who removes them then looks for this text, as is done below: one of them sees the other.
+        if not parts <= set(self._storage.listed(name)):
+            discard(self._storage, [f"{name}.json", *self._storage.listed(name)])
+            return
         # Later ones are of another machine that trains the same.
         others = [other for other in self._whole(self._folder) if other < name]
         discard(self._storage, [f"{other}.json" for other in others])
-        for folder in (*others, *self._earlier):
+        for folder in (*others, *2 * self._earlier):
             discard(self._storage, self._storage.listed(folder))
 
     def _whole(self, folder: str) -> list[str]:

@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 from duet_jax.distributed.processes import deferring, lead
 from duet_jax.errors import ModelError
 from duet_jax.storage import Shelf
-from duet_jax.training.parts import Parts
+from duet_jax.training.parts import Parts, Removed
 
 
 class _Manager(ocp.CheckpointManager):
@@ -110,11 +110,25 @@ class Checkpoints:
 
         Raises:
           ModelError: the checkpoint is of another model or of other data.
+          StudyError: it was removed while it was read, and there is no newer one.
         """
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
         latest = lead(self._manager.latest)
-        if latest is None:
-            return None
-        step, name = latest
+        while latest is not None:
+            step, name = latest
+            try:
+                about = self._about(name)
+                jax.tree.map(lambda x: x.delete(), like)
+                return step, self._manager.read(name, abstract), about["progress"]
+            except Removed:
+                # By another machine that trains the same, when it had a newer one.
+                latest = lead(self._manager.latest)
+                if latest is None or latest[1] == name:
+                    raise
+        return None
+
+    def _about(self, name: Any) -> dict[str, Any]:
+        """What was written with a checkpoint of this training."""
         about = self._manager.about(name)
         for key, wanted in self._identity.items():
             written = about["identity"].get(key)
@@ -125,6 +139,4 @@ class Checkpoints:
                     f"({str(written)[:12]}, now {wanted[:12]}); restore the {key} it began with, or delete "
                     f"the folder {place.rpartition('/')[0]} to train this trial anew."
                 )
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
-        jax.tree.map(lambda x: x.delete(), like)
-        return step, self._manager.read(name, abstract), about["progress"]
+        return about

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from jax import Array
 
-from duet_jax.distributed.processes import LEAVE, Stopped, agree, lead, several
+from duet_jax.distributed.processes import LEAVE, Stopped, agree, anywhere, lead, several
 from duet_jax.errors import DuetError, ModelError, StudyError
 from duet_jax.storage import Shelf
 
@@ -36,6 +36,13 @@ class Piece(NamedTuple):
     process: int
     start: int
     bounds: Bounds
+
+
+class Removed(StudyError):
+    """A checkpoint was removed while it was read: another machine has a newer one, or the trial is through."""
+
+    def __init__(self, name: str):
+        super().__init__(f"The checkpoint {name} was removed while it was read; start the same command again.")
 
 
 class Parts:
@@ -64,11 +71,11 @@ class Parts:
         return [] if latest is None else [latest[0]]
 
     def about(self, name: str) -> dict[str, Any]:
-        """What was written with a state; for all processes to call, before `read`."""
+        """What was written with a state; for all processes to call, before `read`, which raises the same."""
         try:
             self._about = lead(self._shelf.read, name)
         except FileNotFoundError:
-            raise _removed(self.place(name)) from None
+            raise Removed(self.place(name)) from None
         return self._about["about"]
 
     def write(self, step: int, state: Any, about: dict[str, Any]) -> None:
@@ -91,8 +98,12 @@ class Parts:
         return self._shelf.place(name)
 
     def read(self, name: str, abstract: Any) -> Any:
-        """A state whose arrays are laid out as those of a tree of shapes with shardings, see `about`."""
-        known, error, state = self._about["arrays"], None, None
+        """A state whose arrays are laid out as those of a tree of shapes with shardings, see `about`.
+
+        Raises:
+          Removed: on all processes, if one of them no longer finds it.
+        """
+        known, error, state, removed = self._about["arrays"], None, None, False
         for key, like in _named(abstract):
             found = known.get(key, {"shape": None, "dtype": None})
             if found["shape"] != list(like.shape) or found["dtype"] != like.dtype.name:
@@ -106,9 +117,11 @@ class Parts:
                     lambda path, like: self._array(name, known[jax.tree_util.keystr(path)], like, readers), abstract
                 )
         except FileNotFoundError:
-            error = _removed(self.place(name))
+            removed = True
         except StudyError as raised:
             error = raised
+        if anywhere(removed):
+            raise Removed(self.place(name))
         agree(error, f"read its part of the checkpoint {name}")
         return state
 
@@ -181,10 +194,6 @@ class Parts:
             return whole
 
         return jax.make_array_from_callback(like.shape, like.sharding, block)
-
-
-def _removed(name: str) -> StudyError:
-    return StudyError(f"The checkpoint {name} was removed while it was read; start the same command again.")
 
 
 def _named(tree: Any) -> list[tuple[str, Any]]:

@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 
 from duet_jax.data import Batch, Encoded, gather_batch
 from duet_jax.distributed import rules
-from duet_jax.distributed.place import map_rows, own_rows, place
+from duet_jax.distributed.place import held_rows, map_rows, own_rows, place
 from duet_jax.kernels.linear_cross_entropy import linear_cross_entropy
 from duet_jax.models import llama
 from duet_jax.models import lora as adapters
@@ -236,7 +236,7 @@ class Trainer:
 
     def plan(self, data: Encoded, rows: np.ndarray, seed: int) -> list[tuple[int, np.ndarray]]:
         """The batches of all epochs in order, as (bucket length, rows of `data`); a pure function of its input."""
-        lengths = np.array([len(data.tokens[row]) for row in rows])
+        lengths = data.lengths[rows]
         settings = self.settings
         batches = plan_epochs(lengths, self.buckets, settings.drawn, settings.epochs, seed)
         return [(length, rows[chosen]) for length, chosen in batches]
@@ -316,7 +316,8 @@ class Trainer:
 
         def advance(number: int, state: TrainState) -> tuple[TrainState, Metrics]:
             length, rows = batches[number]
-            batch: Batch = gather_batch(data, rows, length, self.settings.drawn, self.pad_id)
+            size = self.settings.drawn
+            batch: Batch = gather_batch(data, rows, length, size, self.pad_id, held_rows(self.mesh, size))
             # Rows of padding, whose index is -1, get some loss; that they have no scored token tells them apart.
             extra = () if reference is None else (reference[batch.index],)
             tokens, mask = own_rows((batch.tokens, batch.loss_mask), self.mesh)
@@ -330,7 +331,7 @@ class Trainer:
             if metrics.choice is not None:
                 rows = rows[np.asarray(metrics.choice.rows)[np.asarray(metrics.choice.kept)]]
                 score = float(metrics.choice.score)
-            lengths = np.array([len(data.tokens[row]) for row in rows])
+            lengths = data.lengths[rows].astype(np.int64)
             tokens, seconds = int(lengths.sum()), time.perf_counter() - began
             totals["loss"] += loss * response_tokens
             totals["response_tokens"] += response_tokens

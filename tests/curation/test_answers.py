@@ -15,7 +15,7 @@ import yaml
 from hypothesis import given as given_that
 from hypothesis import strategies as st
 
-from duet_jax import cli, loading
+from duet_jax import cli, loading, reading
 from duet_jax import config as configs
 from duet_jax.config import DataConfig
 from duet_jax.curation.answers import answer, measured
@@ -91,7 +91,7 @@ def test_answers_their_confidence_and_what_it_is_worth(
     # They are the model's own, and so is the confidence in each.
     config = configs.load_curation(tmp_path / "curate.yaml")
     assert config.model is not None and config.answers is not None
-    domains = loading.load_all(config.data, config.seed)
+    domains = reading.load_all(config.data, config.seed)
     examples = [example for domain in domains for example in domain.train]
     loaded = loading.load(config.model, config.data, None, [], examples, config.seed, lambda line: None)
     model = Deployed(loaded.engine, loaded.trainer.load_base())
@@ -127,7 +127,7 @@ def test_an_exported_model_answers_prompts_alone(tmp_path: Path, tree: dict[str,
     assert run(tmp_path, tree) == 0 and (tmp_path / "out" / "calibration.html").exists()
     config = configs.load_curation(tmp_path / "curate.yaml")
     assert config.model is not None
-    examples = [example for domain in loading.load_all(config.data, 1) for example in domain.train]
+    examples = [example for domain in reading.load_all(config.data, 1) for example in domain.train]
     loaded = loading.load(config.model, config.data, None, [], examples, config.seed, lambda line: None)
     Deployed(loaded.engine, loaded.trainer.load_base()).export(tmp_path / "best_model")
     before = rows_of(tmp_path / "out")

@@ -17,7 +17,8 @@ from duet_jax.curation.asking import confidence
 from duet_jax.curation.respondent import ModelRespondent
 from duet_jax.errors import ConfigError
 from duet_jax.feedback import Deployed
-from duet_jax.loading import load, load_all
+from duet_jax.loading import load
+from duet_jax.reading import load_all
 from tests.small import SCRATCH, write_rows
 
 CONFIDENCE: dict[str, Any] = {

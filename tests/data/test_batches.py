@@ -116,6 +116,16 @@ def test_forward_batches_cover_every_example_within_the_budget(lengths, batch_si
     assert padded <= 32 * max(len(lengths) + batch_size, 1)
 
 
+def test_rows_of_other_processes_are_not_read():
+    encoded = _encoded([3, 4, 2])
+    held = np.array([False, True, True, False])
+    whole, own = (gather_batch(encoded, np.array([2, 0, 1]), 5, 4, 99, given) for given in (None, held))
+    np.testing.assert_array_equal(own.tokens[held], whole.tokens[held])
+    np.testing.assert_array_equal(own.loss_mask[held], whole.loss_mask[held])
+    assert (own.tokens[~held] == 99).all() and not own.loss_mask[~held].any()
+    np.testing.assert_array_equal(own.index, whole.index)
+
+
 def test_forward_batches_pad_less_than_those_of_training():
     lengths = np.random.default_rng(0).integers(1, 33, 500)
     forward = sum(length * size for length, size, _ in plan_forward(lengths, BUCKETS, 8))

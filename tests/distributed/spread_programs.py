@@ -21,18 +21,28 @@ from unittest import mock
 import jax
 import numpy as np
 import pyarrow.parquet
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from duet_jax import config as configs
 from duet_jax import models
 from duet_jax._decode import decode
-from duet_jax.config import AXES, LoraSettings, MeshConfig, OnlineConfig, SelectConfig, TrainingConfig
-from duet_jax.data import Domain, Encoded, Example
+from duet_jax.config import (
+    AXES,
+    DataConfig,
+    DomainConfig,
+    LoraSettings,
+    MeshConfig,
+    OnlineConfig,
+    SelectConfig,
+    TrainingConfig,
+)
+from duet_jax.data import Domain, Encoded, Example, domains, encode, keeping, token_files
 from duet_jax.data.characters import CharacterTokenizer
 from duet_jax.distributed import processes
 from duet_jax.distributed.mesh import make_mesh
 from duet_jax.distributed.place import place, place_rows, readable
-from duet_jax.errors import ConfigError, StudyError
+from duet_jax.errors import ConfigError, DataError, DuetError, StudyError
 from duet_jax.feedback import Deployed, Engine
 from duet_jax.feedback.harness.scoring import score_continuations
 from duet_jax.influence.gradients import ExampleGradients
@@ -41,6 +51,7 @@ from duet_jax.loading import load
 from duet_jax.models import llama, slots
 from duet_jax.models import lora as adapters
 from duet_jax.models.sampling import Sampling
+from duet_jax.reading import encode_all, load_all
 from duet_jax.select import select
 from duet_jax.storage import Shelf
 from duet_jax.training.checkpoint import Checkpoints
@@ -308,6 +319,7 @@ PARTS = {
     "shelved": lambda mesh, folder: shelved(mesh),
     "restored": lambda mesh, folder: restored(mesh),
     "told": lambda mesh, folder: told(mesh),
+    "reads": lambda mesh, folder: reads(folder),
 }
 
 
@@ -336,6 +348,53 @@ def told(mesh: Mesh | None) -> Found:
     whole = np.asarray(readable(place_rows(mesh, rows) * 2))
     found = {"long": len(long), "last": long[-1], "nested": nested, "said": said, "missed": missed, "failed": failed}
     return found | {"entered": heard, "whole": whole}
+
+
+class Counting(CharacterTokenizer):
+    """Counts the prompts and responses it has been given, and refuses some."""
+
+    given, refused = 0, ""
+
+    def encode_batch(self, texts: Any) -> list[list[int]]:
+        Counting.given += len(texts)
+        if Counting.refused in texts:
+            raise DataError(f"{Counting.refused} is refused")
+        return super().encode_batch(texts)
+
+
+def reads(folder: Path) -> Found:
+    """Examples and tokens in a folder that all share, in one of each process's own, and of a process that fails."""
+    number, parsed, found = jax.process_index(), 0, {}
+    processes.lead(lambda: folder.mkdir(parents=True))
+    lines = [json.dumps({"prompt": f"p {i}", "response": f"is {i}"}) for i in range(EXAMPLES)]
+    processes.lead(lambda: (folder / "a.jsonl").write_text("\n".join(lines)))
+    source = DataConfig(domains=(DomainConfig(name="a", source=str(folder / "a.jsonl")),), validation_fraction=0.25)
+
+    def noted(spec: DomainConfig) -> Any:
+        nonlocal parsed
+        parsed += 1
+        return domains.parsed(spec)
+
+    def read(place: Path, max_length: int) -> str:
+        (domain,) = load_all(source, 0, place)
+        options = {"chat": False, "max_length": max_length, "folder": place}
+        (tokens,) = encode_all([("a", domain.train)], Counting(TOKENIZER.alphabet), **options)
+        same = encode(domain.train, TOKENIZER, chat=False, max_length=max_length).digest
+        return "as in memory" if tokens.digest == same else "other tokens"
+
+    with mock.patch.object(token_files, "PART", 4), mock.patch.object(keeping, "parsed", noted):
+        for name, place in (("shared", folder), ("again", folder), ("own", folder / str(number))):
+            Counting.given, parsed = 0, 0
+            found[f"{name} tokens"] = read(place, 32)
+            counts = multihost_utils.process_allgather(np.array([parsed, Counting.given]))
+            found |= {f"{name} parsed": counts[:, 0], f"{name} given": counts[:, 1]}
+        Counting.refused = "is 39" if number else ""
+        try:
+            found["failed"] = read(folder, 33)
+        except DuetError as error:
+            found["failed"] = str(error)
+        said = multihost_utils.process_allgather(np.array("refused" in found["failed"]))
+    return found | {"refused": said}
 
 
 def main(out: str, *runs: str) -> None:

@@ -235,8 +235,16 @@ def check_training(compute: Callable[..., Found], count: int, mesh: str, *furthe
     return many
 
 
-def test_two_processes_train_alike(compute: Callable[..., Found]) -> None:
-    check_training(compute, 2, "2,1,1")
+def test_two_processes_train_and_read_alike(compute: Callable[..., Found]) -> None:
+    many = check_training(compute, 2, "2,1,1", "2,1,1:reads")
+    found = {name.partition("reads ")[2]: value for name, value in many.items() if "reads" in name}
+    assert {str(found[f"{name} tokens"]) for name in ("shared", "again", "own")} == {"as in memory"}
+    # Of 30 examples in eight files the first process has four files, and the last file is of two examples.
+    assert found["shared parsed"].tolist() == [1, 0] and found["shared given"].tolist() == [32, 28]
+    assert not found["again parsed"].any() and not found["again given"].any()
+    assert found["own parsed"].tolist() == [1, 1] and found["own given"].tolist() == [60, 60]
+    assert found["refused"].tolist() == [False, True]
+    assert found["failed"] == "Process 1 of 2 of this run could not tokenise its share of the examples; it says why."
 
 
 @pytest.mark.slow

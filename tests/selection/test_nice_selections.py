@@ -16,7 +16,8 @@ from duet_jax import config as configs
 from duet_jax._decode import decode
 from duet_jax.config import SelectorConfig
 from duet_jax.errors import ConfigError
-from duet_jax.loading import load, load_all, load_goal
+from duet_jax.loading import load, load_goal
+from duet_jax.reading import load_all
 from tests.small import SCRATCH, write_rows
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -248,13 +248,8 @@ def test_several_hosts_that_score_need_one_folder_for_it(
     memory: Any, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     seen: list[bool] = []
-
-    def missing(path: Path, advice: str) -> None:
-        seen.append(path.is_dir())
-        raise StudyError(f"{path} is missing; {advice}.")
-
-    monkeypatch.setattr(duet, "several", lambda: True)
-    monkeypatch.setattr(duet, "require_shared", missing)
+    # None: not all processes see it.
+    monkeypatch.setattr(duet, "shared", lambda folder: seen.append(folder.is_dir()))
     asked = pytest.raises(StudyError, match="set XDG_CACHE_HOME to a folder") if kind == "less" else nullcontext()
     with asked:
         study = duet._begin(objects(memory), make_config(selector={"kind": kind}))

@@ -137,6 +137,44 @@ def test_a_checkpoint_that_is_removed_meanwhile_is_told(objects: Any, store: Wat
         found(shelf)
 
 
+def test_a_restore_that_is_overtaken_goes_on_with_the_newer_checkpoint(objects: Any, store: Watched) -> None:
+    shelf = Shelf(objects, "c")
+    save(shelf, 1)
+
+    def overtake() -> None:
+        """As another machine that trains the same."""
+        store.before.clear()
+        save(shelf, later.pop(0))
+        if later:
+            store.before["get_range"] = overtake
+
+    later, store.before["get_range"] = [2, 3], overtake
+    assert found(shelf) == (30, 3)
+
+
+def test_a_checkpoint_is_none_whose_parts_another_claim_removes_meanwhile(objects: Any, store: Watched) -> None:
+    earlier, later = Shelf(objects, "c/1"), Shelf(objects, "c/2", ["c/1"])
+    there, given_up = threading.Event(), threading.Event()
+    there.set()
+
+    def parts(shelf: Shelf, step: int) -> str:
+        name = shelf.name(step, MARK)
+        shelf.write_part(name, 0, np.zeros(4, np.uint8))
+        return name
+
+    def once(step: str, act: Callable[[], Any]) -> None:
+        store.before[step] = lambda: (store.before.pop(step), act())
+
+    name = parts(earlier, 10)
+    once("put", lambda: objects.remove(objects.listed("c/1")))
+    earlier.finish(name, 1, {}, there, given_up)
+    assert objects.listed("c/1") == [], "removed before it was written that they are there"
+    name, other = parts(earlier, 20), parts(later, 10)
+    once("delete", lambda: earlier.finish(name, 1, {}, there, given_up))
+    later.finish(other, 1, {}, there, given_up)
+    assert objects.listed("c/1") == [] and later.latest() == (10, other), "removed when that was written already"
+
+
 def test_a_part_that_is_cut_short_is_told(objects: Any) -> None:
     shelf = Shelf(objects, "c")
     save(shelf, 1)
