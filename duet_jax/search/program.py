@@ -75,8 +75,8 @@ class Program:
       acquisition: "ucb" (Srinivas et al. 2010), "log_ei" (Ament et al. 2023) or "thompson".
       beta: standard deviations that the upper confidence bound adds to the mean.
       schedule: how beta changes with the number of observations, see `acquisition.beta_at`.
-      initial: size of the first design (the uniform mixture, then random ones), which goes on for as long as all feedback
-        is the same.
+      initial: size of the first design, the uniform mixture and then random ones; it goes on for as long as all
+        feedback is the same.
       constraints: which mixtures may be proposed.
       prior: a mixture towards which proposals are pulled, or ().
       penalty: standardised value that a proposal gives up per nat of divergence from `prior`.
