@@ -39,11 +39,11 @@ def test_guidance_is_prompt_and_half_the_label() -> None:
     assert found.beginnings == ("cd", "g")
     assert [TOKENIZER.decode(row) for row in found.prompts.tokens] == ["ab\ncd", "h\ng"]
     np.testing.assert_array_equal(found.prompts.prompt_lengths, found.prompts.lengths)
-    assert found.prompts.cut == (False, False)
+    np.testing.assert_array_equal(found.prompts.cut, [False, False])
     short = guided(PROMPTS, RESPONSES, TOKENIZER, 4)
     assert [row.tolist()[:1] for row in short.prompts.tokens] == [[BOS]] * 2
     assert [TOKENIZER.decode(row) for row in short.prompts.tokens] == ["\ncd", "h\ng"]
-    assert short.prompts.cut == (True, False)
+    np.testing.assert_array_equal(short.prompts.cut, [True, False])
     with pytest.raises(DataError, match="half of the label of '1' has 2 tokens"):
         guided(PROMPTS, RESPONSES, TOKENIZER, 2)
     with pytest.raises(DataError, match="'1' has no label"):
