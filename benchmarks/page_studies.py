@@ -1,10 +1,10 @@
-"""Tables of benchmarks that compare whole searches over mixtures of real domains."""
+"""Tables of benchmarks that run whole studies, searches and curations on real domains."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from page_cells import Column, Row, Table, table
+from page_cells import Column, Row, Table, named, table
 
 
 def regrets(data: Row, rounds: int | None = None) -> list[dict[str, Any]]:
@@ -47,3 +47,11 @@ def selector_study(data: Row) -> list[Table]:
     columns |= {"gain of the selector": ("uniform_gain", ".4f"), "and of DUET": ("duet_gain", ".4f")}
     columns |= {"seconds of the selection": ("seconds.selection", ".0f"), "of the study": ("seconds.study", ".0f")}
     return [table("Scores, and gains over the uniform mixture of random examples:", data["means"], columns)]
+
+
+def curation(data: Row) -> list[Table]:
+    def lines(row: Row) -> str:
+        return ", ".join(f"{name} {count}" for name, count in row["lines"].items())
+
+    columns: dict[str, Column] = {"kind": ("name", ""), "seconds": ("seconds", ".0f"), "what came out": ("found", "")}
+    return [table("", named(data["kinds"]), columns | {"lines of its files": (lines, "")})]

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from page_cells import Column, Row, Table, all_mappings, cell, named, records, table
-from page_studies import replay, selector_study
+from page_studies import curation, replay, selector_study
 
 GB, GIB = 1e9, 2**30
 
@@ -297,6 +297,7 @@ TABLES: dict[str, Callable[[Row], list[Table]]] = {
     "sketching_peers": _sketching_peers,
     "generation": _generation,
     "scoring": _scoring,
+    "curation": curation,
     "confidence": _confidence,
     "diversity": _diversity,
     "quickstart": _quickstart,
