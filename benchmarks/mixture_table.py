@@ -44,8 +44,8 @@ def study(model: Path, options: argparse.Namespace) -> StudyConfig:
         "rounds": 1,
         "model": {"source": str(model)},
         "data": {
-            "max_length": 384,
-            "buckets": [64, 128, 256, 384],
+            "max_length": 256,
+            "buckets": [64, 128, 192, 256],
             "domains": [{"name": name, "source": str(folder / name / "train.jsonl")} for name in DOMAINS],
         },
         "training": {"method": "full", "learning_rate": options.learning_rate, "batch_size": 16},
