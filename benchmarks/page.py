@@ -1,7 +1,7 @@
 """One page of tables and figures from the JSON that benchmarks write; see `all.py`.
 
-No number is typed here: a result is shown by the tables of `page_tables.py` and the bars of `page_figures.py`, or, if
-these do not know it, by every record that it holds. Under each stand the command that makes it, as its own settings
+No number is typed here: a result is shown by the tables of `page_tables.py` and the figures of `page_figures.py`, or,
+if these do not know it, by every record that it holds. Under each stand the command that makes it, as its own settings
 say, and the machine, versions and commit that made it.
 """
 
@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from page_cells import Table, records
-from page_figures import FIGURES, draw
+from page_draw import draw
+from page_figures import figures
 from page_tables import TABLES
 
 HERE = Path(__file__).parent
@@ -43,8 +44,8 @@ def write_page(results: Path, page: Path) -> None:
     found = read(results)
     page.parent.mkdir(parents=True, exist_ok=True)
     for name, data in found.items():
-        if name in FIGURES:
-            draw(FIGURES[name](data), page.parent / "figures" / f"{name}.svg")
+        for file, figure in figures(name, data).items():
+            draw(figure, page.parent / "figures" / f"{file}.svg")
     page.write_text(text(found), encoding="utf-8")
 
 
@@ -60,8 +61,7 @@ def section(name: str, data: Mapping[str, Any]) -> str:
     parts.append(f"```text\n{command(script, data)}\n```")
     shown = TABLES[kind_of(name, data)](data) if kind_of(name, data) in TABLES else records(data, ABOUT)
     parts += [markdown(table) for table in shown]
-    if name in FIGURES:
-        parts.append(f"![{FIGURES[name](data).title}](figures/{name}.svg)")
+    parts += [f"![{figure.title}](figures/{file}.svg)" for file, figure in figures(name, data).items()]
     return "\n\n".join([*parts, made_on(data)]) + "\n"
 
 

@@ -1,23 +1,11 @@
-"""What of some benchmarks' JSON the page of results shows as bars, by the result's name."""
+"""Which figures the page of results makes of some benchmarks' JSON, by the result's name."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
 
 from page_cells import Row, at, named
-from page_studies import regrets
-
-
-class Bars(NamedTuple):
-    """Bars of some series `{name: a value each label}`, beside each other or stacked."""
-
-    title: str
-    labels: list[str]
-    series: dict[str, list[float]]
-    stacked: bool = False
-    log: bool = False
+from page_draw import Bars, Figure, Intervals, Lines
 
 
 def _bars(title: str, rows: Sequence[Row], label: Callable[[Row], str], **series: str) -> Bars:
@@ -57,52 +45,45 @@ def _rates(data: Row) -> Bars:
     return _bars("tokens a second", data["rows"], lambda row: f"{row['method']}, {row['who']}", rate="tokens_per_s")
 
 
-def _regrets(data: Row) -> Bars:
-    rows = regrets(data)
-    kinds = dict.fromkeys(one["feedback"] for one in data["cells"])
-    # What an ablation varies may have no meaning for a kind of feedback.
-    values = {kind: [row.get(kind, float("nan")) for row in rows] for kind in kinds}
-    return Bars("mean regret over tasks, in standard deviations over mixtures", [row["name"] for row in rows], values)
+def _regrets(data: Row) -> dict[str, Figure]:
+    panels = {
+        kind: {name: found["by_round"] for name, found in methods.items()} for kind, methods in data["kinds"].items()
+    }
+    return {"": Lines("mean regret over tasks, in standard deviations over mixtures", "rounds", panels)}
 
 
-FIGURES: dict[str, Callable[[Row], Bars]] = {
-    "search_regret": _verdicts,
-    "search_speed": _step_times,
-    "sketching_peers": _errors,
-    "attribution_quality": _lds,
-    "training": _rates,
+def _ablations(data: Row) -> dict[str, Figure]:
+    """One figure for each thing that is asked, and one of the number of rounds."""
+    as_it_is = data["groups"][""][0]
+    found: dict[str, Figure] = {}
+    for group, names in data["groups"].items():
+        series = {
+            kind: [methods[name]["more_than_ours"] if name in methods else None for name in names]
+            for kind, methods in data["kinds"].items()
+        }
+        if group:
+            found[group] = Intervals(f"{group}: regret, more than {as_it_is}", names, series)
+    curves = {kind: methods[as_it_is]["by_round"] for kind, methods in data["kinds"].items()}
+    return found | {"rounds": Lines("number of rounds: mean regret over tasks", "rounds", {"": curves})}
+
+
+def _one(figure: Callable[[Row], Figure]) -> Callable[[Row], dict[str, Figure]]:
+    return lambda data: {"": figure(data)}
+
+
+# Each figure has a name of its own where a result has several.
+FIGURES: dict[str, Callable[[Row], Mapping[str, Figure]]] = {
+    "search_regret": _one(_verdicts),
+    "search_speed": _one(_step_times),
+    "sketching_peers": _one(_errors),
+    "attribution_quality": _one(_lds),
+    "training": _one(_rates),
     "replay": _regrets,
-    "replay_ablations": _regrets,
+    "replay_ablations": _ablations,
 }
 
 
-def draw(bars: Bars, path: Path) -> None:
-    """Horizontal bars as an SVG that reads on light and dark pages, with the same bytes every time."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    grey = "#808080"
-    style = {"svg.hashsalt": "duet_jax", "svg.fonttype": "none", "axes.edgecolor": grey, "axes.labelcolor": grey}
-    style |= {"text.color": grey, "xtick.color": grey, "ytick.color": grey, "font.size": 9}
-    with plt.rc_context(style):
-        figure, axes = plt.subplots(figsize=(7, 1.0 + 0.26 * len(bars.labels)), layout="constrained")
-        left = [0.0] * len(bars.labels)
-        for name, values in bars.series.items():
-            height = 0.7 if bars.stacked else 0.7 / len(bars.series)
-            shift = 0.0 if bars.stacked else (list(bars.series).index(name) - (len(bars.series) - 1) / 2) * height
-            places = [i + shift for i in range(len(values))]
-            axes.barh(places, values, height, left=left if bars.stacked else None, label=name, alpha=0.85)
-            left = [a + b for a, b in zip(left, values, strict=True)]
-        axes.set_yticks(range(len(bars.labels)), bars.labels)
-        axes.invert_yaxis()
-        axes.set_xlabel(bars.title)
-        if bars.log:
-            axes.set_xscale("log")
-        axes.spines[["top", "right"]].set_visible(False)
-        if len(bars.series) > 1:
-            axes.legend(frameon=False, ncols=len(bars.series), loc="lower right", bbox_to_anchor=(1, 1), borderpad=0)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, transparent=True, metadata={"Date": None, "Creator": None})
-        plt.close(figure)
+def figures(name: str, data: Row) -> dict[str, Figure]:
+    """The figures of a result by the names of their files."""
+    found = FIGURES[name](data) if name in FIGURES else {}
+    return {"_".join([name, *part.split()]): figure for part, figure in found.items()}

@@ -2,42 +2,39 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from page_cells import Column, Row, Table, named, table
 
 
-def regrets(data: Row, rounds: int | None = None) -> list[dict[str, Any]]:
-    """Of each method of a replay the mean regret over tasks by kind of feedback, at the end or after some rounds."""
-    found: dict[str, dict[str, list[float]]] = {}
-    for one in data["cells"]:
-        for name, method in one["methods"].items():
-            value = method["regret"] if rounds is None else method["by_round"][rounds - 1]
-            found.setdefault(name, {}).setdefault(one["feedback"], []).append(value)
-    return [
-        {"name": name, **{kind: sum(some) / len(some) for kind, some in kinds.items()}} for name, kinds in found.items()
-    ]
-
-
 def replay(data: Row) -> list[Table]:
-    kinds = list(dict.fromkeys(one["feedback"] for one in data["cells"]))
-    last = len(next(iter(data["cells"][0]["methods"].values()))["by_round"])
-    columns: dict[str, Column] = {"": ("name", "")} | {kind: (kind, ".3f") for kind in kinds}
-    verdicts: dict[str, Column] = {
-        name: (name.replace(" ", "_"), "") for name in ("worse than ours", "better than ours")
-    }
-    tables = [
-        table(f"Mean regret over tasks after {n} rounds:", regrets(data, n), columns)
-        for n in (5, 10, 20, 30)
-        if n < last
+    kinds = data["kinds"]
+    rows = [
+        {"name": name, **{kind: found.get(name) for kind, found in kinds.items()}}
+        for name in dict.fromkeys(name for found in kinds.values() for name in found)
     ]
-    ended = [row | data["mean"][row["name"]] for row in regrets(data)]
-    tables.append(table(f"After all {last} rounds, and in how many cells:", ended, columns | verdicts))
-    each: dict[str, Column] = {"task": ("task", ""), "feedback": ("feedback", ""), "uniform": ("uniform", ".2f")}
-    names = [name for name in data["mean"] if name != "uniform"]
-    tables.append(
-        table("Regret of each:", data["cells"], each | {name: (f"methods.{name}.regret", ".2f") for name in names})
-    )
+    last = len(next(iter(next(iter(kinds.values())).values()))["by_round"])
+    name: dict[str, Column] = {"": ("name", "")}
+
+    def after(kind: str, rounds: int) -> Column:
+        return lambda row: row[kind] and row[kind]["by_round"][rounds - 1], ".3f"
+
+    def verdicts(kind: str) -> Column:
+        return lambda row: row[kind] and f"{row[kind]['worse_than_ours']} / {row[kind]['better_than_ours']}", ""
+
+    cost: dict[str, Column] = {"mixtures": ("rows", ""), "examples of a training": ("budget", "")}
+    cost |= {"seconds of a round": ("seconds_a_round", ".1f")}
+    tables = [table("The table of trainings:", [data["table_of"]], cost)]
+    tables += [
+        table(f"Mean regret over tasks after {n} rounds:", rows, name | {kind: after(kind, n) for kind in kinds})
+        for n in (5, 10, 20, 30)
+        if n <= last
+    ]
+    shown = name | {kind: verdicts(kind) for kind in kinds}
+    tables.append(table("In how many tasks it is worse / better than ours, by a 95% interval of seeds:", rows, shown))
+    each: dict[str, Column] = {"task": ("task", ""), "feedback": ("feedback", "")}
+    each |= {"deviation of seeds": ("seed_deviation", ".2f"), "uniform": ("uniform", ".2f")}
+    each |= {row["name"]: (f"methods.{row['name']}.regret", ".2f") for row in rows if row["name"] != "uniform"}
+    if "" in data["groups"] and len(data["groups"]) == 1:
+        tables.append(table("Regret of each:", data["cells"], each))
     return tables
 
 

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -52,21 +53,23 @@ TASKS = {
 }
 KINDS = ("clean", "noisy", "stars")
 NOISE, RATERS = 0.5, 5
-METHODS = ("uniform", "natural", "random", "law", "trees", "duet")
-# Varied one at a time: what it is called, settings of the search, and how stars are told.
-ABLATIONS: dict[str, tuple[dict[str, Any], str]] = {
-    "as it is": ({}, "mean"),
-    "raw shares": ({"map": "raw"}, "mean"),
-    "log-ratios": ({"map": "log"}, "mean"),
-    "one lengthscale": ({"ard": False}, "mean"),
-    "linear trend": ({"trend": "linear"}, "mean"),
-    "beta 0": ({"beta": 0.0}, "mean"),
-    "beta 1": ({"beta": 1.0}, "mean"),
-    "beta 4": ({"beta": 4.0}, "mean"),
-    "expected improvement": ({"acquisition": "log_ei"}, "mean"),
-    "Thompson": ({"acquisition": "thompson"}, "mean"),
-    "known noise": ({}, "stderr"),
-    "ordinal stars": ({}, "ordinal"),
+OURS = "as it is"
+# Varied one at a time, by what is asked: what it is called, settings of the search, and how feedback is told.
+ABLATIONS: dict[str, dict[str, tuple[dict[str, Any], str]]] = {
+    "kernel and transform": {
+        "raw shares": ({"map": "raw"}, "mean"),
+        "log-ratios": ({"map": "log"}, "mean"),
+        "one lengthscale": ({"ard": False}, "mean"),
+        "linear trend": ({"trend": "linear"}, "mean"),
+    },
+    "beta and acquisition": {
+        "beta 0": ({"beta": 0.0}, "mean"),
+        "beta 1": ({"beta": 1.0}, "mean"),
+        "beta 4": ({"beta": 4.0}, "mean"),
+        "expected improvement": ({"acquisition": "log_ei"}, "mean"),
+        "Thompson": ({"acquisition": "thompson"}, "mean"),
+    },
+    "noise model": {"known noise": ({}, "stderr"), "ordinal stars": ({}, "ordinal")},
 }
 
 
@@ -74,12 +77,15 @@ ABLATIONS: dict[str, tuple[dict[str, Any], str]] = {
 class Table:
     """Mixtures `[n, d]` of the table's rows, of which the first is uniform and the second natural, and values `[n]`.
 
-    `budget` is how many examples each was trained on.
+    `again` are values of the uniform mixture with other examples and seeds `[k]`, `budget` is how many examples each
+    was trained on, and `seconds` are what a training took with what it was measured by.
     """
 
     mixtures: np.ndarray
     values: np.ndarray
+    again: np.ndarray
     budget: int
+    seconds: float
 
     @property
     def spread(self) -> float:
@@ -103,8 +109,12 @@ def read(path: Path, sets: tuple[str, ...]) -> Table:
     columns = [names.index(name) for name in sets or head["domains"]]
     rows = sorted((line for line in lines if line["seed"] == 0), key=lambda line: line["row"])
     counts = np.array([line["counts"] for line in rows], float)
-    values = -np.array([line["losses"] for line in rows])[:, columns].mean(1)
-    return Table(counts / counts.sum(1, keepdims=True), values, head["settings"]["budget"])
+    values, again = (
+        np.array([-np.mean([line["losses"][column] for column in columns]) for line in some])
+        for some in (rows, [line for line in lines if line["row"] == 0])
+    )
+    seconds = float(np.median([line["seconds"] for line in rows]))
+    return Table(counts / counts.sum(1, keepdims=True), values, again, head["settings"]["budget"], seconds)
 
 
 def random_rows(table: Table, rounds: int, seed: int) -> np.ndarray:
@@ -208,6 +218,9 @@ def main() -> None:
     parser.add_argument("--ablate", action="store_true", help="vary our search instead of comparing it")
     parser.add_argument("--small", type=Path, nargs="+", default=[], help="tables of smaller budgets, for --ablate")
     options = parse(parser, "replay")
+    ours = OURS if options.ablate else "duet"
+    kept: dict[tuple[str, str, str], np.ndarray] = {}
+    groups: dict[str, list[str]] = {}
     cells = []
     for task, sets in TASKS.items():
         table, small = read(options.table, sets), [read(path, sets) for path in options.small]
@@ -215,61 +228,80 @@ def main() -> None:
             parser.error(f"the tables of --small must have the {len(table.values)} rows of {options.table}")
         best = table.values.max()
         for kind in options.feedback:
-            methods = dict(RECOMMEND) if not options.ablate else variants(kind, small)
-            curves = {}
-            for name, recommend in methods.items():
-                rows = [recommend(table, options.rounds, kind, seed) for seed in range(options.seeds)]
-                curves[name] = (best - table.values[np.array(rows)]) / table.spread
+            ways = {"": {OURS: recommend_duet}} | variants(kind, small) if options.ablate else {"": RECOMMEND}
+            for group, some in ways.items():
+                groups[group] = list(dict.fromkeys([*groups.get(group, []), *some]))
+                for name, way in some.items():
+                    rows = [way(table, options.rounds, kind, seed) for seed in range(options.seeds)]
+                    kept[task, kind, name] = (best - table.values[np.array(rows)]) / table.spread
+            methods = {
+                name: compared(kept[task, kind, name], kept[task, kind, ours])
+                for some in ways.values()
+                for name in some
+            }
             uniform = float((best - table.values[0]) / table.spread)
-            cell = {"task": task, "feedback": kind, "uniform": uniform, "methods": {}}
-            ours = curves["as it is" if options.ablate else "duet"][:, -1]
-            for name, curve in curves.items():
-                low, high = bootstrap(curve[:, -1] - ours) if options.seeds > 1 else (None, None)
-                cell["methods"][name] = {
-                    "regret": float(curve[:, -1].mean()),
-                    "more_than_ours": [float((curve[:, -1] - ours).mean()), low, high],
-                    "by_round": np.round(curve.mean(0), 4).tolist(),
-                }
-            cells.append(cell)
-            shown = ", ".join(f"{name} {found['regret']:.2f}" for name, found in cell["methods"].items())
+            told = {"uniform": uniform, "seed_deviation": float(table.again.std(ddof=1) / table.spread)}
+            cells.append({"task": task, "feedback": kind, **told, "methods": methods})
+            shown = ", ".join(f"{name} {found['regret']:.2f}" for name, found in methods.items())
             print(f"{task:26} {kind:6} {shown}", flush=True)
-    names = list(dict.fromkeys(name for cell in cells for name in cell["methods"]))
-    means = {}
-    for name in names:
-        found = [cell["methods"][name] for cell in cells if name in cell["methods"]]
-        intervals = [one["more_than_ours"][1:] for one in found]
-        means[name] = {
-            "regret": float(np.mean([one["regret"] for one in found])),
-            "cells": len(found),
+    kinds = {kind: summarise(kind, kept, cells, ours) for kind in options.feedback}
+    for kind, methods in kinds.items():
+        for name, found in methods.items():
+            print(f"{kind:6} {name:24} {found['regret']:.3f}, more than ours by {found['more_than_ours']}")
+    cost = {"rows": len(table.values), "budget": table.budget, "seconds_a_round": table.seconds}
+    write(options.output, options, {"table_of": cost, "groups": groups, "kinds": kinds, "cells": cells})
+
+
+def summarise(
+    kind: str, kept: Mapping[tuple[str, str, str], np.ndarray], cells: list[dict[str, Any]], ours: str
+) -> dict[str, dict[str, Any]]:
+    """Of each method means over tasks, and in how many of them it is worse and better than ours.
+
+    Tasks of one seed hear the same noise, so an interval is of seeds.
+    """
+    some = [one["methods"] for one in cells if one["feedback"] == kind]
+    means = {name: np.mean([kept[task, kind, name] for task in TASKS], axis=0) for name in some[0]}
+    found = {}
+    for name, curves in means.items():
+        intervals = [methods[name]["more_than_ours"][1:] for methods in some]
+        found[name] = compared(curves, means[ours]) | {
             "worse_than_ours": sum(low is not None and low > 0 for low, _ in intervals),
             "better_than_ours": sum(high is not None and high < 0 for _, high in intervals),
+            "by_round": np.round(curves.mean(0), 4).tolist(),
         }
-        print(f"{name:16} {json.dumps(means[name])}")
-    write(options.output, options, {"mean": means, "cells": cells})
-
-
-def variants(kind: str, small: list[Table]) -> dict[str, Callable[..., list[int]]]:
-    """Our search varied, those that mean something for a kind of feedback."""
-    found: dict[str, Callable[..., list[int]]] = {}
-    for name, (settings, told_as) in ABLATIONS.items():
-        if told_as in ("mean", {"noisy": "stderr", "stars": "ordinal"}.get(kind)):
-            found[name] = lambda table, rounds, kind, seed, s=settings, t=told_as: recommend_duet(
-                table, rounds, kind, seed, t, **s
-            )
-    for trainings in (2, 4) if kind == "noisy" else ():
-        found[f"{trainings} trainings a mixture"] = lambda table, rounds, kind, seed, n=trainings: recommend_duet(
-            table, rounds, kind, seed, trainings=n
-        )
-    for cheap in small:
-        found[f"{cheap.budget} examples a training"] = lambda table, rounds, kind, seed, t=cheap: recommend_duet(
-            t, rounds, kind, seed
-        )
-    if kind == "stars":
-        for levels in (2, 3, 10):
-            found[f"{levels} stars"] = lambda table, rounds, kind, seed, n=levels: recommend_duet(
-                table, rounds, kind, seed, levels=n
-            )
     return found
+
+
+def compared(curves: np.ndarray, ours: np.ndarray) -> dict[str, Any]:
+    """The mean regret at the end, of curves `[seeds, rounds]`, and how much more than ours it is, with its interval."""
+    more = (curves - ours)[:, -1]
+    low, high = bootstrap(more) if len(more) > 1 else (None, None)
+    return {"regret": float(curves[:, -1].mean()), "more_than_ours": [float(more.mean()), low, high]}
+
+
+def variants(kind: str, small: list[Table]) -> dict[str, dict[str, Callable[..., list[int]]]]:
+    """Our search varied, those that mean something for a kind of feedback, by what is asked."""
+    found: dict[str, dict[str, Callable[..., list[int]]]] = {
+        group: {
+            name: functools.partial(recommend_duet, told_as=told_as, **settings)
+            for name, (settings, told_as) in some.items()
+            if told_as in ("mean", {"noisy": "stderr", "stars": "ordinal"}.get(kind))
+        }
+        for group, some in ABLATIONS.items()
+    }
+    if kind == "noisy":
+        found["trainings a mixture"] = {
+            f"{n} trainings a mixture": functools.partial(recommend_duet, trainings=n) for n in (2, 4)
+        }
+    if kind == "stars":
+        found["coarse feedback"] = {f"{n} stars": functools.partial(recommend_duet, levels=n) for n in (2, 3, 10)}
+    found["budget"] = {f"{one.budget} examples a training": heard_of(one) for one in small}
+    return {group: some for group, some in found.items() if some}
+
+
+def heard_of(cheap: Table) -> Callable[..., list[int]]:
+    """Our search that hears of another table than it is judged by."""
+    return lambda table, rounds, kind, seed: recommend_duet(cheap, rounds, kind, seed)
 
 
 if __name__ == "__main__":

@@ -54,17 +54,26 @@ def parse(parser: argparse.ArgumentParser, name: str) -> argparse.Namespace:
 
 
 def write(path: Path | None, options: argparse.Namespace, results: dict, versions: dict | None = None) -> None:
-    """Results with the machine, versions, commit and settings, and no paths of this machine."""
+    """Results with the machine, versions, commit and settings."""
     if path is None:
         return
-    settings = {name: value for name, value in vars(options).items() if name != "output"}
-    settings = {name: value for name, value in settings.items() if not isinstance(value, Path)}
+    settings = {name: _setting(value) for name, value in vars(options).items() if name != "output"}
     if "peer_python" in settings:
         settings["peer_python"] = settings["peer_python"] is not None
     whole = about()
     whole["versions"] |= versions or {}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"settings": settings, **results, **whole}, indent=1) + "\n")
+
+
+def _setting(value: Any) -> Any:
+    """A setting, files by their place in the repository; others are of this machine and nobody else's."""
+    if isinstance(value, list):
+        return [told for one in value if (told := _setting(one)) is not None]
+    if isinstance(value, Path):
+        root, place = HERE.parent, value.resolve()
+        return str(place.relative_to(root)) if place.is_relative_to(root) else None
+    return value
 
 
 def about() -> dict[str, Any]:
