@@ -11,7 +11,7 @@ of, of models trained anew:
   duet              the recommended mixture of the selector's examples
 
 Selectors see the domains alone, never the task; those that need targets take each domain's held-out examples. Seconds
-are of the selection (with the programs it compiles) and of the whole study.
+are of the selection (with the programs it compiles) and of the whole study. A killed run goes on from --output.
 
     DUET_DATA=FOLDER python benchmarks/selector_study.py --model FOLDER_OF_STORIES260K --seeds 3 --output
 """
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import os
 import tempfile
 import time
@@ -132,6 +133,21 @@ def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
+def kept(options: argparse.Namespace, shown: argparse.Namespace) -> list[dict[str, Any]]:
+    """What a run that was killed has measured of what is asked, with the same settings."""
+    if options.output is None or not options.output.exists():
+        return []
+    found = json.loads(options.output.read_text(encoding="utf-8"))
+    choices = {"output", "tasks", "selectors", "seeds"}
+    if any(found["settings"].get(name) != value for name, value in vars(shown).items() if name not in choices):
+        return []
+    return [
+        row
+        for row in found["rows"]
+        if row["task"] in options.tasks and row["selector"] in options.selectors and row["seed"] < options.seeds
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of stories260K, or another model as `model.source`")
@@ -150,13 +166,16 @@ def main() -> None:
     options = parse(parser, "selector_study")
     # The model's folder is of this machine, its name is not.
     shown = argparse.Namespace(**vars(options) | {"model": Path(options.model).name})
-    rows = []
+    rows = kept(options, shown)
+    done = {(row["task"], row["selector"], row["seed"]) for row in rows}
     # Studies of one size run the same programs.
     with tempfile.TemporaryDirectory() as cache:
         jax.config.update("jax_compilation_cache_dir", cache)
         for seed in range(options.seeds):
             for task in options.tasks:
                 for selector in options.selectors:
+                    if (task, selector, seed) in done:
+                        continue
                     rows.append(row := run(task, selector, seed, options))
                     print(
                         f"{task:8} {selector:10} seed {seed}: uniform {row['uniform']:.4f}, duet {row['duet']:.4f}; "
@@ -164,6 +183,7 @@ def main() -> None:
                         flush=True,
                     )
                     write(options.output, shown, {"means": summarise(rows), "rows": rows})
+    write(options.output, shown, {"means": summarise(rows), "rows": rows})
     for line in summarise(rows):
         print(line)
 

@@ -163,7 +163,7 @@ def prepare(
     with led(lambda: _only_one(selections / ".lock", say)):
         utilities = loaded.utilities(selector, goal, selections, config.seed, say, on_progress)
         if online is not None:
-            pool = loaded.pool(Goal((), None), None, config.seed, say, on_progress)
+            pool = loaded.pool(Goal(()), None, config.seed, say, on_progress)
             reference = reference_losses(pool, online, selections)
     for domain, values in zip(domains, utilities, strict=True):
         if not np.any(values > -np.inf):

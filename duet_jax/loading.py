@@ -46,10 +46,12 @@ class Goal:
     Attributes:
       targets: named sets of examples; none: the held-out ones of each domain.
       reward: of replies to them, for a selector that has the model answer.
+      asked: what it answers, all sets one after the other: the very objects that the reward knows.
     """
 
     targets: tuple[tuple[str, Sequence[Example]], ...]
-    reward: Reward | None
+    reward: Reward | None = None
+    asked: tuple[Example, ...] = ()
 
     def sets(self, domains: Sequence[Domain]) -> tuple[tuple[str, Sequence[Example]], ...]:
         """The targets, or the held-out examples of the domains."""
@@ -160,7 +162,7 @@ class Loaded:
     def _asked(self, selector: SelectorConfig, goal: Goal, say: Callable[[str], None]) -> Asked | None:
         if goal.reward is None:
             return None
-        examples = tuple(example for _, part in goal.sets(self.domains) for example in part)
+        examples = goal.asked
         external, policy = None, selector.policy
         if policy is not None and policy.external is not None:
             ids = [example.id for example in examples]
@@ -195,16 +197,18 @@ def load_goal(
       DataError: a target cannot be read.
       FeedbackError: the reward cannot be built, or an example lacks what it needs.
     """
-    goal = Goal(tuple((spec.name, tuple(load_examples(spec, seed=seed))) for spec in selector.targets), None)
+    goal = Goal(tuple((spec.name, tuple(load_examples(spec, seed=seed))) for spec in selector.targets))
     if selector.kind != "nice":
         return goal
     parts = []
     for spec, (_, examples) in zip(selector.targets or specs, goal.sets(domains), strict=True):
         config = spec.reward or selector.reward
         assert config is not None
-        parts.append((build_reward(config, folder / "rewards"), examples))
-        parts[-1][0].check(examples)
-    return dataclasses.replace(goal, reward=of_parts(parts))
+        # Those of a file are made anew whenever they are read.
+        parts.append((build_reward(config, folder / "rewards"), tuple(examples)))
+        parts[-1][0].check(parts[-1][1])
+    asked = tuple(example for _, examples in parts for example in examples)
+    return dataclasses.replace(goal, reward=of_parts(parts), asked=asked)
 
 
 def load(

@@ -15,6 +15,8 @@ from duet_jax import cli, duet
 from duet_jax import config as configs
 from duet_jax._decode import decode
 from duet_jax.config import SelectorConfig
+from duet_jax.data import load_examples
+from duet_jax.data.texts import Texts
 from duet_jax.errors import ConfigError
 from duet_jax.loading import load, load_goal
 from duet_jax.reading import load_all
@@ -147,11 +149,32 @@ def test_every_set_of_prompts_needs_one_reward() -> None:
             configs.from_dict(tree)
 
 
+def test_rewards_know_prompts_that_lie_in_files(tmp_path: Path) -> None:
+    """Each set its own reward, though ids and examples are equal and are read anew whenever they are asked for."""
+    source = write_rows(tmp_path / "d.jsonl", [{"id": i, "prompt": "A", "response": i} for i in "abcdefghij"])
+    rewards = {"A": {"kind": "exact_match"}, "B": {"kind": "regex", "pattern": "z", "where": "anywhere"}}
+    domains = [{"name": name, "source": source, "reward": reward} for name, reward in rewards.items()]
+    data = CONFIG["data"] | {"domains": domains}
+    tree = CONFIG | {"name": "files", "count": 10, "data": data, "selector": ASKING | {"reward": None}}
+    config = decode(configs.SelectConfig, tree)
+    read = load_all(config.data, 0, tmp_path / "data")
+    assert isinstance(read[0].validation, Texts)
+    goal = load_goal(config.selector, config.data.domains, read, 0, tmp_path)
+    assert goal.reward is not None and len(goal.asked) == sum(len(domain.validation) for domain in read) > 2
+    replies = [example.response for example in goal.asked]
+    assert goal.reward(replies, goal.asked).tolist() == [1.0] * len(read[0].validation) + [0.0] * len(
+        read[1].validation
+    )
+
+
 @pytest.mark.slow
 def test_a_study_chooses_by_its_own_prompts(tmp_path: Path) -> None:
     task = {"kind": "response_loss", "source": "synthetic:walk", "options": {**WALK, "tags": "A"}, "batch_size": 8}
     data = copy.deepcopy(CONFIG["data"])
-    data["domains"][1]["reward"] = {"kind": "regex", "pattern": "b", "where": "anywhere"}
+    walks = load_examples(decode(configs.DomainConfig, data["domains"][1]))
+    rows = [{"id": one.id, "prompt": one.prompt, "response": one.response} for one in walks]
+    reward = {"kind": "regex", "pattern": "b", "where": "anywhere"}
+    data["domains"][1] = {"name": "B", "source": write_rows(tmp_path / "b.jsonl", rows), "reward": reward}
     config = configs.from_dict(CONFIG | {"budget": 12, "rounds": 1, "task": task, "data": data, "selector": ASKING})
     assert duet.run(config, tmp_path / "study", quiet=True).trial is not None
     job = duet.jobs.prepare(config, tmp_path / "study", lambda line: None)
