@@ -101,7 +101,7 @@ def command(script: Path | None, data: Mapping[str, Any]) -> str:
         flag = f"--{name.replace('_', '-')}"
         if name in ("config", "overrides"):
             words += [f"configs/{value}.yaml"] if name == "config" else value
-        elif name == "peer_python":
+        elif name in ("peer_python", "vizier_python"):
             words += [flag, "PYTHON"]
         elif value is True:
             words += [flag]

@@ -34,7 +34,12 @@ def recommend(search: Search, state: Any) -> np.ndarray:
 
 def ask_botorch(python: str, request: dict) -> Iterator[dict]:
     """The lines that `peers/botorch_search.py` answers, as they come."""
-    command = [python, str(HERE / "peers" / "botorch_search.py")]
+    return ask("botorch_search", python, request)
+
+
+def ask(script: str, python: str, request: dict) -> Iterator[dict]:
+    """The lines that a script of `peers/` answers, as they come."""
+    command = [python, str(HERE / "peers" / f"{script}.py")]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | SINGLE
     ) as process:
@@ -43,7 +48,7 @@ def ask_botorch(python: str, request: dict) -> Iterator[dict]:
         process.stdin.close()
         yield from map(json.loads, process.stdout)
     if process.returncode:
-        raise RuntimeError(f"The BoTorch process ended with status {process.returncode}; its message stands above.")
+        raise RuntimeError(f"{script}.py ended with status {process.returncode}; its message stands above.")
 
 
 def parse(parser: argparse.ArgumentParser, name: str) -> argparse.Namespace:
@@ -58,8 +63,8 @@ def write(path: Path | None, options: argparse.Namespace, results: dict, version
     if path is None:
         return
     settings = {name: _setting(value) for name, value in vars(options).items() if name != "output"}
-    if "peer_python" in settings:
-        settings["peer_python"] = settings["peer_python"] is not None
+    for name in settings.keys() & {"peer_python", "vizier_python"}:
+        settings[name] = settings[name] is not None
     whole = about()
     whole["versions"] |= versions or {}
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ Every seed draws an objective and its noise (search_objectives.py), the same for
   law       the same draws; c - exp(b + t.r) fitted by least squares, the recommendation is its optimum
   botorch   BoTorch, tuned (peers/botorch_search.py); `botorch-ei` (on demand) with log expected improvement
   loop      BoTorch inside the loop of DUET's public code, defects included
+  vizier    Vizier's default algorithm (peers/vizier_search.py; on demand: minutes a study)
 
 Regret is in units of the objective's standard deviation over random mixtures, at least 1e-6. A cell is an objective,
 a number of domains and a kind of feedback; ours wins or loses it if the 95% paired bootstrap interval of the mean
@@ -29,7 +30,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,15 +38,17 @@ from typing import Any
 import jax
 import numpy as np
 from scipy.optimize import least_squares
-from search_common import HERE, MISSING, ask_botorch, make_search, parse, recommend, write
+from search_common import HERE, MISSING, ask, make_search, parse, recommend, write
 from search_objectives import KINDS, NAMES, Feedback, Objective, draw
 
 from duet_jax.search import Stars
 
+NO_VIZIER = "Vizier is left out: --vizier-python names no Python that has google-vizier."
 LEAST = 1e-6
 FEWEST = 10  # seeds of a cell that is won or lost
 STANDARD = ["search", "ordinal", "random", "uniform", "law", "botorch", "loop"]
-PEERS = {"botorch": "tuned", "loop": "loop", "botorch-ei": "tuned-ei"}
+BOTORCH = {"botorch": "tuned", "loop": "loop", "botorch-ei": "tuned-ei"}
+PEERS = {**dict.fromkeys(BOTORCH, "botorch_search"), "vizier": "vizier_search"}
 
 
 def run_search(objective: Objective, feedback: Feedback, rounds: int, seed: int, **settings: Any) -> np.ndarray:
@@ -163,8 +166,8 @@ class Cells:
         return np.log10([max(self.regrets[at][seed], LEAST) for seed in seeds])
 
 
-def compute(cells: Cells, at: tuple, seeds: int, peer_python: str | None) -> None:
-    """The regrets of a cell and a method that are missing."""
+def compute(cells: Cells, at: tuple, seeds: int, pythons: Mapping[str, str | None]) -> None:
+    """The regrets of a cell and a method that are missing; of peers where there is a Python of their script."""
     name, size, kind, method = at
     rounds, fraction = cells.settings["rounds"], cells.settings["fraction"]
     row = {"objective": name, "domains": size, "feedback": kind, "method": method}
@@ -175,9 +178,9 @@ def compute(cells: Cells, at: tuple, seeds: int, peer_python: str | None) -> Non
             feedback = Feedback.draw(kind, objective, rounds, seed, fraction)
             mixture = OURS[method](objective, feedback, rounds, seed)
             cells.add({**row, "seed": seed, "regret": objective.regret(mixture)})
-    elif missing and peer_python:
-        request = {"task": "study", "mode": PEERS[method], "seeds": missing, **row, **cells.settings}
-        for answer in ask_botorch(peer_python, request):
+    elif missing and (python := pythons[PEERS[method]]):
+        request = {"task": "study", "mode": BOTORCH.get(method), "seeds": missing, **row, **cells.settings}
+        for answer in ask(PEERS[method], python, request):
             known = answer["versions"].items() <= cells.versions.items()
             kept = ("seed", "regret", "failures", *(() if known else ("versions",)))
             cells.add({**row, **{key: answer[key] for key in kept}})
@@ -231,13 +234,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30, help="scores per search (default 30)")
     parser.add_argument("--noise", type=float, default=0.2, help="of a score, in units of the scale (default 0.2)")
     parser.add_argument("--peer-python", help="a Python with torch and botorch")
+    parser.add_argument("--vizier-python", help="a Python with google-vizier")
     parser.add_argument(
         "--cells", type=Path, default=HERE / "results" / "search_regret.jsonl", help="where to continue"
     )
     parser.add_argument("--report", action="store_true", help="compute nothing")
     options = parse(parser, "search_regret")
-    if not options.report and not options.peer_python and set(options.methods) & set(PEERS):
-        print(MISSING)
+    pythons = {"botorch_search": options.peer_python, "vizier_search": options.vizier_python}
+    if not options.report:
+        for script in {PEERS[name] for name in options.methods if name in PEERS and not pythons[PEERS[name]]}:
+            print(MISSING if script == "botorch_search" else NO_VIZIER)
 
     cells = Cells(options.cells, options.rounds, options.noise)
     places = list(itertools.product(options.objectives, options.domains, options.feedback))
@@ -250,7 +256,7 @@ def main() -> None:
             for method in options.methods:
                 if method == "ordinal" and place[2] != "stars":
                     continue
-                compute(cells, (*place, method), options.seeds, options.peer_python)
+                compute(cells, (*place, method), options.seeds, pythons)
         rows.append(summarise(cells, place, options.methods, options.seeds))
         print(show(rows[-1], options.methods), flush=True)
 
