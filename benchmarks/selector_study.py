@@ -53,7 +53,7 @@ SELECTORS: dict[str, dict[str, Any]] = {
         "policy": {"samples": 8, "max_new_tokens": 48, "batch_size": 64},
     },
     "davir": {"warmup_epochs": 2},
-    # A model of stories cannot be asked by letters: what is left are its own answers, and how likely it finds the target.
+    # A model of stories cannot be asked by letters; its own answers are left, and how likely it finds the target.
     "clear": {"confidence": {"samples": 2, "max_new_tokens": 32, "alpha": 0.0, "beta": 1.0, "likelihood": 1.0}},
     "log_det": {},
 }
