@@ -182,7 +182,7 @@ class ModelRespondent:
         self._require_room(encoded, 0)
         engine, base = self.model.engine, self.model.engine.model
         first = [ids[0] for ids in base.tokenizer.encode_batch(list(words)) if ids]
-        if len(set(first)) < len(words):
+        if questions and len(set(first)) < len(words):
             raise ModelError(
                 f"{base.source} cannot choose between {', '.join(words)}: its tokenizer begins them with the ids "
                 f"{first}, which must all differ."

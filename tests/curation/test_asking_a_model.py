@@ -199,3 +199,6 @@ def test_mistakes_are_named_before_anything_is_computed(model: Deployed, tmp_pat
     assert not list(tmp_path.rglob("*.json"))
     with pytest.raises(ModelError, match="random cannot choose between Yes, Yonder: .* must all differ"):
         ModelRespondent(model, "f", SHORT, 0).read([EXAMPLES[0]], [0], ("Yes", "Yonder"))
+    # Where nothing is asked, nothing is chosen.
+    letters, log_probs = ModelRespondent(model, "f", SHORT, 0).read([], [], ("Yes", "Yonder"), [EXAMPLES[0]], [0])
+    assert letters.shape == (0, 2) and np.isfinite(log_probs).all()
