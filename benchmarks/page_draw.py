@@ -107,5 +107,6 @@ def _lines(lines: Lines, panels: Sequence[Any]) -> None:
             axes.plot(range(1, len(values) + 1), values, label=name, linewidth=1.5)
         axes.set_title(panel, fontsize=9)
         axes.set_xlabel(lines.along)
-        axes.set_ylim(bottom=0)
+    # Panels share their axis.
+    panels[0].set_ylim(bottom=0)
     panels[0].set_ylabel("\n".join(lines.title.split(", ", 1)), fontsize=8)
