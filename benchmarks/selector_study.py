@@ -22,6 +22,7 @@ import argparse
 import dataclasses
 import json
 import os
+import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -94,14 +95,20 @@ def unheard(made: job.Job, task: TaskConfig, options: argparse.Namespace) -> Any
     return build(dataclasses.replace(task, max_examples=None), made.engine, examples, "unheard")
 
 
-def run(task: str, selector: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
-    told = study(task, selector, seed, options)
+def run(task: str, selector: str, seed: int, options: argparse.Namespace, utilities: Path) -> dict[str, Any]:
+    """One study. Utilities do not depend on the task: they are taken from a folder, or go there."""
+    told, known = study(task, selector, seed, options), utilities.exists()
     with tempfile.TemporaryDirectory() as name:
-        folder, began = Path(name), time.perf_counter()
-        # What is selected here is found by the run.
+        folder = Path(name)
         Study.begin(folder / "study", told)
+        if known:
+            shutil.copytree(utilities, folder / "study" / "selections")
+        began = time.perf_counter()
+        # What is selected here is found by the run.
         made = job.prepare(told, folder / "study", lambda line: None)
         selected = time.perf_counter()
+        if not known:
+            shutil.copytree(folder / "study" / "selections", utilities)
         result = duet.run(told, folder / "study", quiet=True)
         ended = time.perf_counter()
         assert result.mixture is not None
@@ -110,7 +117,7 @@ def run(task: str, selector: str, seed: int, options: argparse.Namespace) -> dic
             way: score(made, judge, mixture, options.trainings, folder)
             for way, mixture in (("uniform", UNIFORM), ("duet", result.mixture))
         }
-    seconds = {"selection": round(selected - began, 1), "study": round(ended - selected, 1)}
+    seconds = {"selection": None if known else round(selected - began, 1), "study": round(ended - selected, 1)}
     return {"task": task, "selector": selector, "seed": seed, **values, "mixture": result.mixture, "seconds": seconds}
 
 
@@ -129,7 +136,10 @@ def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             spread = float(gain.std(ddof=1)) if len(gain) > 1 else None
             row[way] = float(np.mean([one[way] for one in some]))
             row[f"{way}_gain"] = [float(gain.mean()), spread] if len(gain) else None
-        row["seconds"] = {part: float(np.median([one["seconds"][part] for one in some])) for part in some[0]["seconds"]}
+        # Utilities are computed in the first task alone.
+        same = [one["seconds"]["selection"] for one in rows if one["selector"] == selector]
+        row["seconds"] = {"selection": float(np.median([one for one in same if one is not None]))}
+        row["seconds"] |= {"study": float(np.median([one["seconds"]["study"] for one in some]))}
         found.append(row)
     return found
 
@@ -177,7 +187,7 @@ def main() -> None:
                 for selector in options.selectors:
                     if (task, selector, seed) in done:
                         continue
-                    rows.append(row := run(task, selector, seed, options))
+                    rows.append(row := run(task, selector, seed, options, Path(cache, f"{selector}-{seed}")))
                     print(
                         f"{task:8} {selector:10} seed {seed}: uniform {row['uniform']:.4f}, duet {row['duet']:.4f}; "
                         f"{row['seconds']['selection']} s and {row['seconds']['study']} s",
