@@ -3,7 +3,7 @@
 For every unseen task, selector and seed a study is run: the search proposes mixtures of the domains in `$DUET_DATA`,
 the selector draws examples of each, a model is trained and its score on the task is heard. The task `in` is one of the
 domains (gsm8k), `out` is none (math); both answer with minus a loss, nats a token, and `accuracy` with that on multiple
-choice that is no domain either (arc). What is compared is the score, on examples of the task that no study has heard
+choice that is no domain either (creak). What is compared is the score, on examples of the task that no study has heard
 of, of models trained anew:
 
   uniform, random   the even mixture of random examples: nobody searches or selects
@@ -43,7 +43,7 @@ from duet_jax.study import Study
 TASKS = {
     "in": ("gsm8k", "response_loss"),
     "out": ("math", "response_loss"),
-    "accuracy": ("arc", "multiple_choice"),
+    "accuracy": ("creak", "multiple_choice"),
 }
 SELECTORS: dict[str, dict[str, Any]] = {
     "random": {},
